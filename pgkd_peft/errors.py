@@ -1,0 +1,36 @@
+"""What a user can do wrong, as exceptions.
+
+All of them are ``ValueError``s, so code that already catches what TRL or Transformers raise keeps working. The command
+line prints such an error without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class PGKDError(ValueError):
+    """A mistake the user can mend; the message names what was given, what is accepted and what to do."""
+
+
+class ConfigError(PGKDError):
+    """A field or flag has a value that cannot work."""
+
+
+class DataError(PGKDError):
+    """One or more data rows cannot be used.
+
+    Args:
+        message: the report, one line a row.
+        rows: 0-based numbers of the rows that are at fault.
+    """
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.rows = rows
+
+
+class ModelError(PGKDError):
+    """The model, tokenizer or adapter cannot be used as asked."""
+
+
+class FrozenBaseError(PGKDError):
+    """The base weights, which must never change, have changed."""
