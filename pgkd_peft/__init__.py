@@ -1,0 +1,40 @@
+"""pgkd-peft: teach a language model, on one GPU, what used to stand in its prompt.
+
+One quantized base model is teacher and student. The teacher reads the conversation together with privileged
+information (PI); the student, the same base with a LoRA adapter, reads it without, and learns to answer alike.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# trl.experimental warns at import that it may change; pyproject.toml therefore pins TRL's minor version.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .collator import DataCollatorForPrivilegedGKD
+    from .config import PrivilegedGKDConfig
+    from .trainer import PrivilegedSelfDistillTrainer
+
+_HOME = {
+    "PrivilegedGKDConfig": "config",
+    "PrivilegedSelfDistillTrainer": "trainer",
+    "DataCollatorForPrivilegedGKD": "collator",
+}
+
+__all__ = [
+    "DataCollatorForPrivilegedGKD",
+    "PrivilegedGKDConfig",
+    "PrivilegedSelfDistillTrainer",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:  # torch is only imported when a name that needs it is asked for
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,319 @@
+"""Student prompts -> completions: two engines, one decode loop.
+
+`adapter` runs the model with its LoRA modules. `merged` runs a plain 16-bit copy whose linear weights are
+dequant(W) + delta; it shares every tensor that LoRA does not touch and never writes to the base.
+
+Shapes: R rows of one sub-batch, L prompt length (left-padded), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import DynamicCache
+
+from .errors import ConfigError
+from .model import base_of, dequantized_weight
+from .teacher import STUDENT, adapter_state, switchable_layers
+
+logger = logging.getLogger(__name__)
+
+# Rows x (prompt + new) tokens of one generation sub-batch. 16k tokens of a 7B model with 8 KV heads of 128 are 2 GiB
+# of cache in 16 bits.
+TOKEN_BUDGET = 16_384
+
+
+def window_generator(seed: int, *path: int) -> torch.Generator:
+    """A CPU generator that depends on the seed and on the place in the run alone, e.g. (step, rank).
+
+    Because nothing is carried from step to step, a resumed run draws what the uninterrupted one would have drawn.
+    """
+    state = seed % (2**31)
+    for number in path:
+        state = (state * 1_000_003 + number + 1) % (2**61 - 1)
+    return torch.Generator().manual_seed(state)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    copies: int = 1,
+    token_budget: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Complete each prompt `copies` times.
+
+    Prompts are sorted by length into sub-batches of at most `token_budget` tokens; a prompt's prefill is shared by its
+    copies; rows that have finished leave the batch. Sampling is plain: the softmax of the logits divided by
+    `temperature`, no top-k, no top-p, no penalties, whatever the model's ``generation_config`` says. The uniform
+    number that picks a row's token at position t is drawn before anything runs, so the result does not depend on how
+    rows are batched (up to rounding in the model).
+
+    Args:
+        prompts: token ids, unpadded, not empty.
+        stop_ids: a completion ends with the first of these, which is kept.
+        temperature: 0 is greedy.
+        seed: of the random numbers, unless a `generator` is given.
+        token_budget: rows times (prompt + new) tokens of a sub-batch; halved and tried again when memory runs out.
+
+    Returns:
+        Completions without their prompts, prompt by prompt: prompt i's copies are at ``[i*copies : (i+1)*copies]``.
+    """
+    budget = token_budget or TOKEN_BUDGET
+    generator = generator or window_generator(seed)
+    uniforms = torch.rand(len(prompts) * copies, max_new_tokens, generator=generator, dtype=torch.float64)
+    done: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    start = 0
+    with eval_mode(model):
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * copies * (len(prompts[order[stop]]) + max_new_tokens) <= budget:
+                stop += 1
+            batch = order[start:stop]
+            rows = [i * copies + c for i in batch for c in range(copies)]
+            try:
+                completions = _decode(
+                    model, [prompts[i] for i in batch], copies, max_new_tokens, stop_ids, pad_id, temperature, uniforms[rows]
+                )
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                budget = max(1, budget // 2)
+                torch.cuda.empty_cache()
+                logger.warning("Out of memory in a rollout of %d rows; going on with half as many.", len(rows))
+                continue
+            for row, completion in zip(rows, completions):
+                done[row] = completion
+            start = stop
+    return done
+
+
+def _decode(
+    model: nn.Module,
+    prompts: list[Sequence[int]],
+    copies: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float,
+    uniforms: torch.Tensor,  # (R, max_new_tokens)
+) -> list[list[int]]:
+    device = next(model.parameters()).device
+    longest = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (R/copies, L)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    stops = torch.tensor(sorted(set(stop_ids)), device=device, dtype=torch.long)
+    uniforms = uniforms.to(device)
+
+    cache = DynamicCache(config=base_of(model).config.get_text_config())
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits, position, cache = out.logits[:, -1], positions[:, -1:] + 1, out.past_key_values
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+        logits, position, mask = (t.repeat_interleave(copies, 0) for t in (logits, position, mask))
+
+    completions: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
+    alive = torch.arange(len(completions), device=device)  # rows still in the batch
+    unfinished = torch.ones(len(completions), dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        token = pick(logits, temperature, uniforms[alive, t])  # (R,)
+        going = unfinished.tolist()
+        for row, value, live in zip(alive.tolist(), token.tolist(), going):
+            if live:
+                completions[row].append(value)
+        unfinished = unfinished & ~torch.isin(token, stops)
+        left = int(unfinished.sum())
+        if left == 0 or t == max_new_tokens - 1:
+            break
+        if left <= 0.75 * len(alive):  # copying the cache pays once a quarter of the rows has finished
+            keep = unfinished.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            alive, token, position, mask, unfinished = (x[keep] for x in (alive, token, position, mask, unfinished))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        out = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits, position = out.logits[:, -1], position + 1
+    return completions
+
+
+def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
+    """One token a row from logits (R, V): the argmax at temperature 0, else where the cumulative probability passes
+    the row's `uniform` number (R,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    cumulative = probs.double().cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, no activation checkpointing), the mode of every module put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class MergedCopy:
+    """A plain 16-bit copy of the student: linear weights are dequant(W) + delta, added in float32, cast last.
+
+    Embeddings, norms, biases, the head and every other tensor without LoRA are shared with the base. The base is only
+    ever read.
+    """
+
+    def __init__(self, student: PeftModel, dtype: torch.dtype):
+        reason = not_mergeable(student)
+        if reason:
+            raise ConfigError(f"rollout_engine='merged' cannot be used: {reason}. Use rollout_engine='adapter'.")
+        base = base_of(student)
+        # A deep copy of the modules that keeps every tensor where it is.
+        shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
+        for module in base.modules():
+            shared.update({id(p): p for p in module._parameters.values() if p is not None})
+        hooked = base.__dict__.pop("forward", None)  # a patched forward is bound to the base: the copy has its class's
+        try:
+            self.model = copy.deepcopy(base, shared)
+        finally:
+            if hooked is not None:
+                base.__dict__["forward"] = hooked
+        self.pairs: list[tuple[LoraLayer, nn.Linear]] = []
+        originals = dict(base.named_modules())
+        for name, module in list(self.model.named_modules()):
+            source = originals.get(name)
+            if isinstance(source, LoraLayer):
+                linear = _empty_linear(source.get_base_layer(), dtype)
+                self.pairs.append((source, linear))
+            elif _is_quantized(source) and not any(name.startswith(f"{n}.") for n, m in originals.items() if isinstance(m, LoraLayer)):
+                linear = _empty_linear(source, dtype)
+                linear.weight.data.copy_(dequantized_weight(source))
+            else:
+                continue
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, linear)
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def refresh(self) -> nn.Module:
+        """Bring the linear weights up to date with the student's; once an optimizer step."""
+        for source, linear in self.pairs:
+            weight = dequantized_weight(source.get_base_layer())
+            weight += source.get_delta_weight(STUDENT).float()
+            linear.weight.copy_(weight)
+        return self.model
+
+
+def _is_quantized(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) and hasattr(module, "state") or hasattr(module, "quant_state")
+
+
+def _empty_linear(source: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(source.in_features, source.out_features, bias=False, device=source.weight.device, dtype=dtype)
+    linear.bias = source.bias
+    return linear
+
+
+def not_mergeable(student: PeftModel) -> str | None:
+    """Why this adapter cannot be added to dense weights, or None."""
+    config = student.peft_config[STUDENT]
+    if getattr(config, "use_dora", False):
+        return "DoRA rescales the weights instead of adding to them"
+    for layer in switchable_layers(student):
+        if not isinstance(layer, LoraLayer):
+            return "the adapter trains whole modules (modules_to_save or trainable tokens)"
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            return f"LoRA sits on a {type(layer.get_base_layer()).__name__}, which is no linear layer"
+    return None
+
+
+class RolloutEngine:
+    """Writes completions with the student's current weights.
+
+    Args:
+        student: the PeftModel that trains.
+        engine: ``adapter``, ``merged`` or ``auto`` (merged where its copy takes less than half of the free memory).
+        dtype: of the merged copy's linear weights.
+
+    Attributes:
+        name: the engine that was taken.
+        reason: why, in words, for the log.
+    """
+
+    def __init__(self, student: PeftModel, engine: str, dtype: torch.dtype):
+        self.student = student
+        self.name, self.reason = choose_engine(student, engine)
+        self.copy = MergedCopy(student, dtype) if self.name == "merged" else None
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[nn.Module]:
+        """The model to generate with, up to date with the student."""
+        if self.copy is not None:
+            yield self.copy.refresh()
+        else:
+            with adapter_state(self.student, "shared") as model:
+                yield model
+
+
+def merged_bytes(student: PeftModel) -> int:
+    """Extra memory of a merged copy: two bytes for each weight of each linear layer that it holds anew."""
+    base = base_of(student)
+    return sum(
+        2 * module.in_features * module.out_features
+        for module in base.modules()
+        if isinstance(module, LoraLayer) or (_is_quantized(module))
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on `device`."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def choose_engine(student: PeftModel, engine: str) -> tuple[str, str]:
+    """Which engine to take, and why."""
+    if engine != "auto":
+        return engine, "as asked"
+    reason = not_mergeable(student)
+    if reason:
+        return "adapter", reason
+    needed, free = merged_bytes(student), free_bytes(next(student.parameters()).device)
+    words = f"a merged copy takes {needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free"
+    return ("merged", words) if needed < free / 2 else ("adapter", words + ", more than half")
