@@ -275,4 +275,3 @@ class PrivilegedGKDConfig(GKDConfig):
         if self.skip_first_tokens:
             extras.append(f"without the first {self.skip_first_tokens} tokens")
         return ", ".join([f"beta={self.beta:g}: {words}", *extras]) + "; mean over completion tokens, in nats"
-

@@ -124,9 +124,15 @@ def load_base(
 
 
 def load_tokenizer(
-    name_or_path: str, *, trust_remote_code: bool = False, revision: str | None = None
+    name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a pad token (its EOS where it has none of its own) and padding on the left.
+
+    `chat_template`, a Jinja text, replaces the tokenizer's own.
 
     Raises:
         ModelError: there is no tokenizer, or it has no chat template.
@@ -137,6 +143,8 @@ def load_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer can be loaded from {name_or_path!r}: {first_line(error)}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return prepare_tokenizer(tokenizer)
 
 

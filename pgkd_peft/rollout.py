@@ -82,13 +82,23 @@ def generate(
     with eval_mode(model):
         while start < len(order):
             stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * copies * (len(prompts[order[stop]]) + max_new_tokens) <= budget:
+            while (
+                stop < len(order)
+                and (stop + 1 - start) * copies * (len(prompts[order[stop]]) + max_new_tokens) <= budget
+            ):
                 stop += 1
             batch = order[start:stop]
             rows = [i * copies + c for i in batch for c in range(copies)]
             try:
                 completions = _decode(
-                    model, [prompts[i] for i in batch], copies, max_new_tokens, stop_ids, pad_id, temperature, uniforms[rows]
+                    model,
+                    [prompts[i] for i in batch],
+                    copies,
+                    max_new_tokens,
+                    stop_ids,
+                    pad_id,
+                    temperature,
+                    uniforms[rows],
                 )
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
@@ -217,7 +227,9 @@ class MergedCopy:
             if isinstance(source, LoraLayer):
                 linear = _empty_linear(source.get_base_layer(), dtype)
                 self.pairs.append((source, linear))
-            elif _is_quantized(source) and not any(name.startswith(f"{n}.") for n, m in originals.items() if isinstance(m, LoraLayer)):
+            elif _is_quantized(source) and not any(
+                name.startswith(f"{n}.") for n, m in originals.items() if isinstance(m, LoraLayer)
+            ):
                 linear = _empty_linear(source, dtype)
                 linear.weight.data.copy_(dequantized_weight(source))
             else:
@@ -237,7 +249,7 @@ class MergedCopy:
 
 
 def _is_quantized(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) and hasattr(module, "state") or hasattr(module, "quant_state")
+    return (isinstance(module, nn.Linear) and hasattr(module, "state")) or hasattr(module, "quant_state")
 
 
 def _empty_linear(source: nn.Module, dtype: torch.dtype) -> nn.Linear:

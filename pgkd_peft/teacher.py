@@ -154,7 +154,11 @@ class FrozenCheck:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     trained = set()
     for layer in switchable_layers(model):
-        own = layer.adapter_layer_names if isinstance(layer, BaseTunerLayer) else ("modules_to_save", "trainable_tokens_delta")
+        own = (
+            layer.adapter_layer_names
+            if isinstance(layer, BaseTunerLayer)
+            else ("modules_to_save", "trainable_tokens_delta")
+        )
         for attribute in own:
             container = getattr(layer, attribute, None)
             if isinstance(container, nn.Module):

@@ -1,0 +1,521 @@
+"""The method: one base, a teacher that reads the PI, a student that does not, one divergence.
+
+The way of one optimizer step, top to bottom:
+
+    get_batch_samples   collator batches -> rows; the student writes completions (rollout.py), the teacher reads them
+                        after its own prompt (scoring.py); completion tokens are counted over the whole step
+    training_step       one micro-batch: forward and backward of the student
+    compute_loss        student's hidden states against the teacher's, through the head (divergence.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalPrediction
+from trl import SFTTrainer
+from trl.experimental.gkd import GKDTrainer
+
+from .assemble import Head, build_separate_teacher, build_student, check_teacher, find_tokenizer
+from .collator import DataCollatorForPrivilegedGKD, stop_ids
+from .config import PrivilegedGKDConfig
+from .data import DataReport, validate_rows
+from .divergence import linear_jsd
+from .errors import ConfigError, PGKDError
+from .model import base_of
+from .rollout import RolloutEngine, generate, window_generator
+from .rollout_log import RolloutLogCallback
+from .run_info import RunInfo
+from .scoring import Row, add_hidden_states_forward, pack, rows_of, score_teacher
+from .teacher import FrozenCheck, Teacher, starting_adapter_warning
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(PGKDError):
+    """The loss is NaN or infinite; the batch was saved for inspection."""
+
+
+class PrivilegedSelfDistillTrainer(GKDTrainer):
+    """On-policy self-distillation with privileged information (PI).
+
+    The student answers the conversation; the teacher, by default the same base with the adapter switched off, reads
+    the conversation *and* the PI; the adapter learns to make the first distribution equal to the second on every
+    completion token (generalized JSD, arXiv:2306.13649 eq. 1; fixed privileged teacher as in OPSD, arXiv:2601.18734).
+
+    The constructor takes what :class:`trl.experimental.gkd.GKDTrainer` takes, and `quantization_config`.
+
+    Args:
+        model: path or Hub id (loaded once, quantized as ``args.base_quantization`` says), an adapter folder to
+            continue from, a Transformers model, or a PeftModel.
+        teacher_model: None or the same as `model`; another model only with ``share_student_as_teacher=False``.
+        args: the settings.
+        data_collator: replaces the default :class:`DataCollatorForPrivilegedGKD`; must return the same keys.
+        train_dataset, eval_dataset: rows with ``messages`` and, where there is PI, ``args.privileged_key``.
+        processing_class: the tokenizer; default: the model's.
+        peft_config: a LoraConfig; default r=16, alpha=32, all linear layers, no dropout.
+        quantization_config: bitsandbytes settings, instead of those of ``args.base_quantization``.
+
+    Raises:
+        PGKDError: a ValueError that names the row, field or model at fault; rows and settings are checked before a
+            model is loaded.
+    """
+
+    _tag_names = ["trl", "pgkd", "privileged-gkd", "self-distillation"]  # noqa: RUF012
+    _name = "Privileged GKD"
+    _paper = {  # noqa: RUF012
+        "title": "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
+        "id": "2601.18734",
+        "citation": textwrap.dedent("""\
+            @misc{zhao2026opsd,
+                title  = {Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models},
+                year   = 2026,
+                eprint = {arXiv:2601.18734},
+            }"""),
+    }
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: PrivilegedGKDConfig | None = None,
+        data_collator: Any | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+    ):
+        # 1. What was passed, checked before anything is loaded.
+        if model is None:
+            raise ConfigError("no model was given; pass a path, a Hub id or a loaded model.")
+        args = args if args is not None else PrivilegedGKDConfig(output_dir="privileged-gkd-model")
+        if not isinstance(args, PrivilegedGKDConfig):
+            raise ConfigError(f"args is a {type(args).__name__}; it must be a PrivilegedGKDConfig.")
+        for name, value in (("formatting_func", formatting_func), ("compute_metrics", compute_metrics)):
+            if value is not None:
+                raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
+        check_teacher(model, teacher_model, args)
+        tokenizer = find_tokenizer(model, processing_class, args)
+        collator = data_collator or DataCollatorForPrivilegedGKD(
+            tokenizer,
+            privileged_key=args.privileged_key,
+            max_length=args.max_length,
+            max_privileged_length=args.max_privileged_length,
+            privileged_placement=args.privileged_placement,
+            privileged_template=args.privileged_template,
+        )
+        train_dataset, report = _checked(train_dataset, collator, args, "train_dataset")
+        if eval_dataset is not None:
+            many = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+            many = {key: _checked(dataset, collator, args, key)[0] for key, dataset in many.items()}
+            eval_dataset = many if isinstance(eval_dataset, dict) else many["eval_dataset"]
+
+        # 2. One base, one adapter that trains, and perhaps another teacher.
+        set_seed(args.seed)
+        student, loaded = build_student(model, args, peft_config, quantization_config)
+        separate = (
+            None if args.share_student_as_teacher else build_separate_teacher(teacher_model, args, quantization_config)
+        )
+        add_hidden_states_forward(base_of(student))
+        if separate is not None:
+            add_hidden_states_forward(separate)
+        self.head = Head(student)
+        self.teacher_head = Head(separate if separate is not None else student, teacher=True)
+        self.teacher = Teacher(student, args.teacher_adapter, separate=separate)
+
+        # 3. TRL's trainers around them, without what they would change.
+        with _keep(student, args), _quiet("trl.experimental.gkd.gkd_trainer"):
+            super().__init__(
+                student,
+                teacher_model=separate if separate is not None else student,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
+        if separate is None:  # TRL prepared the teacher; this one is the student and is prepared when training starts
+            self.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+            self.accelerator._models.clear()
+        else:
+            self.teacher.separate = self.teacher_model
+        _refuse_sharding(self.accelerator)
+
+        # 4. What a step needs.
+        self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
+        self.pad_id = tokenizer.pad_token_id
+        self.frozen = FrozenCheck(student)
+        self.run_info = RunInfo(self, loaded, report)
+        self._engine: RolloutEngine | None = None
+        self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self.last_rows: list[Row] = []
+        if args.rollout_log_steps:
+            self.add_callback(RolloutLogCallback(self))
+
+        note = collator.builder.placement_note if isinstance(collator, DataCollatorForPrivilegedGKD) else None
+        summary = report.summary() if report else "the rows are checked one by one when their turn comes"
+        for line in (loaded, summary, note, args.divergence_in_words()):
+            if line:
+                self.say(line)
+        if separate is None and args.teacher_adapter == "disabled":
+            warning = starting_adapter_warning(student)
+            if warning:
+                logger.warning(warning)
+
+    def say(self, line: str) -> None:
+        """One line of the run's own log, on the main process alone."""
+        if self.is_world_process_zero():
+            logger.info(line)
+
+    # ---- one optimizer step ------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """All micro-batches of one optimizer step: written, read by the teacher, and counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        rows = [row for batch in batches for row in rows_of(batch)]
+        on_policy = window_generator(self.args.seed, self.state.global_step, 0)  # the same draw on every rank
+        rows = self.write_and_read(rows, on_policy=bool(torch.rand((), generator=on_policy) < self.lmbda))
+        tokens = torch.tensor(sum(len(row.kept) for row in rows), device=device)
+        tokens = self.accelerator.gather(tokens).sum()
+        return self._micro_batches(rows, len(batches)), tokens
+
+    def write_and_read(self, rows: list[Row], *, on_policy: bool) -> list[Row]:
+        """Rollouts where this step calls for them, then the teacher's hidden states of every completion."""
+        args, sums = self.args, self._sums[self._mode()]
+        start = time.perf_counter()
+        if on_policy or self.seq_kd:
+            rows = self._roll_out(rows, teacher_writes=not on_policy)
+        for row in rows:
+            skip_all = args.mask_truncated_completions and row.truncated
+            row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
+        written = time.perf_counter()
+        with self.teacher.weights() as teacher:
+            score_teacher(teacher, rows, self.pad_id)
+        self.last_rows = rows
+
+        sums["seconds_rollout"] += written - start
+        sums["seconds_teacher"] += time.perf_counter() - written
+        sums["windows"] += 1
+        sums["rows"] += len(rows)
+        sums["on_policy"] += on_policy * len(rows)
+        sums["generated"] += sum(row.generated for row in rows)
+        sums["truncated"] += sum(row.truncated for row in rows)
+        sums["completion_tokens"] += sum(len(row.completion) for row in rows)
+        sums["privileged_rows"] += sum(row.has_privileged for row in rows)
+        sums["privileged_tokens_cut"] += sum(row.privileged_tokens_cut for row in rows)
+        return rows
+
+    def _roll_out(self, rows: list[Row], *, teacher_writes: bool) -> list[Row]:
+        """One generation call for all rows of the step; ``num_generations`` completions a prompt."""
+        args, copies = self.args, self.args.num_generations
+        source = self.teacher.weights() if teacher_writes else self.engine.model()
+        with source as model:
+            completions = generate(
+                model,
+                [row.teacher_prompt if teacher_writes else row.prompt for row in rows],
+                copies=copies,
+                max_new_tokens=args.max_new_tokens,
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+                temperature=args.temperature,
+                generator=window_generator(args.seed, self.state.global_step, 1 + self.accelerator.process_index),
+            )
+        stops = set(self.stop_ids)
+        return [
+            Row(
+                rows[i // copies].prompt,
+                rows[i // copies].teacher_prompt,
+                completion,
+                rows[i // copies].has_privileged,
+                rows[i // copies].privileged_tokens_cut,
+                generated=True,
+                truncated=completion[-1] not in stops,
+            )
+            for i, completion in enumerate(completions)
+        ]
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """What writes the student's rollouts; built when first needed."""
+        if self._engine is None:
+            dtype = base_of(self.model).get_input_embeddings().weight.dtype
+            self._engine = RolloutEngine(self.model, self.args.rollout_engine, dtype)
+            self.say(f"rollouts by the {self._engine.name} engine ({self._engine.reason})")
+        return self._engine
+
+    def _micro_batches(self, rows: list[Row], count: int) -> list[dict[str, Any]]:
+        """Deal the rows out over the micro-batches, rows of like length together. The sum over the step stays."""
+        rows = sorted(rows, key=lambda row: row.length)
+        size = -(-len(rows) // count)
+        parts = [rows[i * size : (i + 1) * size] for i in range(count)]
+        return [self._tensors(part) for part in parts]
+
+    def _tensors(self, rows: list[Row]) -> dict[str, Any]:
+        if not rows:
+            return {"rows": rows}
+        batch: dict[str, Any] = pack([row.prompt for row in rows], rows, self.pad_id, self.args.device)
+        batch["rows"] = rows
+        return batch
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, at most ``per_device_train_batch_size`` rows at a time."""
+        if "rows" not in inputs:  # called from outside the training loop, with a batch of the collator
+            model.train()
+            on_policy = bool(
+                torch.rand((), generator=window_generator(self.args.seed, self.state.global_step, 0)) < self.lmbda
+            )
+            inputs = self._tensors(self.write_and_read(rows_of(inputs), on_policy=on_policy))
+        start = time.perf_counter()
+        rows: list[Row] = inputs["rows"]
+        if num_items_in_batch is None:
+            num_items_in_batch = sum(len(row.kept) for row in rows)
+        size = self.args.per_device_train_batch_size
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)] or [[]]
+        total = torch.zeros((), device=self.args.device)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                batch = inputs if len(parts) == 1 else self._tensors(part)
+                total += SFTTrainer.training_step(self, model, batch, num_items_in_batch)
+        self._sums["train"]["seconds_student"] += time.perf_counter() - start
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the divergence over this batch's kept completion tokens, divided by those of the optimizer step.
+
+        `inputs` is a micro-batch of :meth:`get_batch_samples`, or a batch of the collator, whose reference answers are
+        then scored as they are. In nats a token.
+        """
+        if "rows" not in inputs:
+            inputs = self._tensors(self.write_and_read(rows_of(inputs), on_policy=False))
+        rows: list[Row] = inputs["rows"]
+        args, head, teacher_head = self.args, self.head, self.teacher_head
+        if not rows:
+            return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
+        hidden = model(
+            **{k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids", "hidden_mask")}
+        )  # (N, D)
+        teacher_hidden = torch.cat([row.teacher_hidden for row in rows if row.kept] or [hidden.detach()])
+        tokens = torch.tensor([t for row in rows for t in row.kept], device=hidden.device, dtype=torch.long)
+        result = linear_jsd(
+            hidden,
+            teacher_hidden.to(hidden.dtype) * (teacher_head.scale / head.scale if head.scale else 1.0),
+            head.weight,
+            head_bias=head.bias,
+            teacher_head_weight=teacher_head.weight,
+            teacher_head_bias=teacher_head.bias,
+            beta=self.beta,
+            temperature=args.loss_temperature,
+            normalize=args.normalize_beta,
+            softcap=head.softcap,
+            logit_scale=head.scale,
+            clip=args.divergence_clip,
+            clip_mode=args.divergence_clip_mode,
+            top_k=args.loss_top_k,
+            sampled_ids=tokens,
+            chunk_mib=args.loss_chunk_mib,
+        )
+        total = result.divergence.sum() + hidden.sum() * 0.0  # in the graph even without a kept token
+        if num_items_in_batch is None:
+            loss = total / max(1, len(tokens))
+        else:
+            loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+            if args.average_tokens_across_devices:  # DDP averages the gradients of ranks; the count is over all of them
+                loss = loss * self.accelerator.num_processes
+        self._stop_if_not_finite(loss, rows)
+        self._record(result, len(tokens))
+        return (loss, {"divergence": result.divergence.detach()}) if return_outputs else loss
+
+    def _stop_if_not_finite(self, loss: torch.Tensor, rows: list[Row]) -> None:
+        if torch.isfinite(loss):
+            return
+        path = self.run_info.save_batch(rows, self.processing_class)
+        raise NonFiniteLossError(
+            f"the loss is {loss.item()} at step {self.state.global_step}. The batch is in {path}. The last checkpoint is "
+            "sound; lower learning_rate, or look for non-finite weights in the adapter it started from."
+        )
+
+    # ---- what is measured --------------------------------------------------------------------------------------
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _record(self, result: Any, tokens: int) -> None:
+        sums = self._sums[self._mode()]
+        sums["loss_tokens"] += tokens
+        for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement"):
+            sums[name] += getattr(result, name).detach().sum().item()
+        if result.sampled_logprob is not None:
+            sums["sampled_logprob"] += result.sampled_logprob.sum().item()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was measured since the last log: means over tokens, rows or optimizer steps, over all ranks."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        sums = self._sums[mode]
+        names = sorted(sums)
+        if self.accelerator.num_processes > 1 and names:
+            values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+            gathered = self.accelerator.gather(values[None]).sum(0).tolist()
+            sums = defaultdict(float, zip(names, gathered))
+        prefix = "eval_" if mode == "eval" else ""
+        for name, value in _means(sums).items():
+            logs.setdefault(prefix + name, value)
+        self._sums[mode] = defaultdict(float)
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Divergence on held-out rows: on the student's own rollouts when ``lmbda=1``, else on the reference answers."""
+        on_policy = self.lmbda == 1.0
+        with torch.no_grad():
+            batch = self._tensors(self.write_and_read(rows_of(inputs), on_policy=on_policy))
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch)
+        return loss.detach(), None, None
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; the run folder then holds ``run.json``, and the base is proven unchanged at the end."""
+        self.run_info.start()
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.frozen.verify("at the end of training")
+        finally:
+            self.run_info.finish()
+        return result
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter, the tokenizer with its chat template, and the model card; the base is checked first."""
+        output_dir = output_dir or self.args.output_dir
+        self.frozen.verify(f"when saving {output_dir}")
+        super()._save(output_dir, state_dict)
+        self.run_info.write(output_dir)
+        card = Path(self.args.output_dir) / "README.md"
+        self.create_model_card(model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        if card.is_file() and Path(output_dir) != card.parent:
+            (Path(output_dir) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _checked(
+    dataset: Any, collator: Any, args: PrivilegedGKDConfig, name: str
+) -> tuple[Dataset | IterableDataset, DataReport | None]:
+    """The dataset, all its rows found usable, and what was found; None where rows can only be checked one by one."""
+    if dataset is None:
+        raise ConfigError(f"{name} is missing; pass a datasets.Dataset with a 'messages' column.")
+    if isinstance(dataset, IterableDataset) or not isinstance(collator, DataCollatorForPrivilegedGKD):
+        return dataset, None
+    report = validate_rows(
+        dataset,
+        collator,
+        require_completion=args.lmbda < 1.0 and not args.seq_kd,
+        skip_long=args.skip_long_prompts,
+    )
+    if not isinstance(dataset, Dataset):  # a column of a Dataset has one type: a string of PI is one user message
+        key = args.privileged_key
+        as_messages = [
+            {key: [{"role": "user", "content": r[key]}]} if isinstance(r.get(key), str) else {} for r in dataset
+        ]
+        dataset = Dataset.from_list([{**row, **pi} for row, pi in zip(dataset, as_messages)])
+    return (dataset.select(report.kept) if report.skipped_long else dataset), report
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Sums since the last log -> what is logged."""
+    means: dict[str, float] = {}
+
+    def mean(name: str, over: str, source: str | None = None) -> None:
+        if sums.get(over):
+            means[name] = sums.get(source or name, 0.0) / sums[over]
+
+    for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob"):
+        mean(name, "loss_tokens")
+    mean("completion_length", "rows", "completion_tokens")
+    mean("truncated_completions", "generated", "truncated")
+    mean("on_policy", "rows")
+    mean("privileged_rows", "rows")
+    for name in ("seconds_rollout", "seconds_teacher", "seconds_student"):
+        mean(name, "windows")
+    if sums.get("rows"):
+        means["privileged_tokens_cut"] = sums.get("privileged_tokens_cut", 0.0)
+        means["loss_tokens"] = sums.get("loss_tokens", 0.0)
+    seconds = sum(sums.get(name, 0.0) for name in ("seconds_rollout", "seconds_teacher", "seconds_student"))
+    if seconds:
+        means["tokens_per_second"] = sums.get("completion_tokens", 0.0) / seconds
+    return means
+
+
+@contextlib.contextmanager
+def _keep(student: PeftModel, args: PrivilegedGKDConfig) -> Iterator[None]:
+    """Undo what TRL's constructors do to a QLoRA student: they round the adapter to bfloat16, in which Adam's small
+    steps are lost, and they switch off LoRA's own dropout together with the base's."""
+    weights = [(param, param.data) for param in student.parameters() if param.requires_grad]
+    dropouts = [(m, m.p) for name, m in student.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
+    init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used already, when the base was loaded
+    teacher_kwargs, args.teacher_model_init_kwargs = args.teacher_model_init_kwargs, None
+    try:
+        yield
+    finally:
+        args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs, teacher_kwargs
+        for param, data in weights:
+            param.data = data.to(param.device)
+        for module, p in dropouts:
+            module.p = p
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Hold back TRL's advice to move to another trainer, which has no privileged context."""
+
+    def no_advice(record: logging.LogRecord) -> bool:
+        return "DistillationTrainer" not in record.getMessage()
+
+    log = logging.getLogger(name)
+    log.addFilter(no_advice)
+    try:
+        yield
+    finally:
+        log.removeFilter(no_advice)
+
+
+def _refuse_sharding(accelerator: Any) -> None:
+    for name, used in (
+        ("FSDP", getattr(accelerator.state, "fsdp_plugin", None) is not None),
+        ("DeepSpeed", getattr(accelerator.state, "deepspeed_plugin", None) is not None),
+    ):
+        if used:
+            raise ConfigError(
+                f"{name} is not supported: the adapter is switched off inside the shared base, which sharded weights do "
+                "not allow. One GPU, or several with plain DDP (accelerate launch --multi_gpu), work."
+            )
