@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from .context import ContextBuilder, Contexts
+from .context import ContextBuilder, Contexts, check_tool_calls, squeeze
 from .errors import ConfigError, DataError
+
+_NO_THOUGHTS = "\n</think>\n\n"  # ends a thinking block that the generation prompt opened and the answer does not fill
 
 
 class RowTooLongError(DataError):
@@ -94,7 +96,8 @@ class DataCollatorForPrivilegedGKD:
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One row as lists of ids, of any length: ``student_ids``, ``teacher_ids``, ``completion_ids`` ([] for a
-        prompt-only row) and the :class:`~pgkd_peft.context.Contexts` they come from.
+        prompt-only row), the prompts as ``student_text`` and ``teacher_text``, and the
+        :class:`~pgkd_peft.context.Contexts` they come from.
 
         Raises:
             DataError: the row cannot be used.
@@ -107,6 +110,8 @@ class DataCollatorForPrivilegedGKD:
             "student_ids": student_ids,
             "teacher_ids": student_ids if teacher_text == student_text else self._tokenize(teacher_text),
             "completion_ids": self._completion_ids(contexts, student_text, student_ids),
+            "student_text": student_text,
+            "teacher_text": teacher_text,
             "contexts": contexts,
         }
 
@@ -150,20 +155,28 @@ class DataCollatorForPrivilegedGKD:
             contexts.chat_template_kwargs,
             add_generation_prompt=False,
         )
-        if full.startswith(prompt):
-            return self._close_turn(full[len(prompt) :])
-        # The template writes an answer in another way than its generation prompt opens it, as templates of thinking
-        # models do. So the answer's own text follows the generation prompt.
-        if contexts.answer.get("tool_calls"):
-            raise DataError(
-                "the chat template writes tool calls in another way than its generation prompt opens the turn, so the "
-                "reference answer cannot be derived; drop the answer (prompt-only row) or change chat_template_kwargs"
-            )
+        text = full[len(prompt) :] if full.startswith(prompt) else self._after_opening(contexts, prompt, full)
+        check_tool_calls(contexts.answer, text)
+        if squeeze(contexts.answer["content"]) not in squeeze(text):  # a template that takes thoughts out of answers
+            text = _continue_opening(prompt, contexts.answer["content"])
+        return self._close_turn(text)
+
+    def _after_opening(self, contexts: Contexts, prompt: str, full: str) -> str:
+        """What follows the generation prompt in `full`, where the template writes a past answer in another way than
+        its generation prompt opens one, as templates of thinking models do; "" where that cannot be told."""
         bare = self.builder.render(
             contexts.student, contexts.tools, contexts.chat_template_kwargs, add_generation_prompt=False
         )
-        opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
-        return self._close_turn(_continue_opening(opening, contexts.answer["content"]))
+        if not (prompt.startswith(bare) and full.startswith(bare)):
+            return ""
+        opening, answer = prompt[len(bare) :], full[len(bare) :]
+        common = next((i for i, (a, b) in enumerate(zip(opening, answer)) if a != b), min(len(opening), len(answer)))
+        if "<" in opening[:common] and ">" not in opening[opening.rindex("<", 0, common) : common]:
+            common = opening.rindex("<", 0, common)  # do not part in the middle of a tag
+        left = opening[common:].strip()
+        if not left:
+            return answer[common:]
+        return _NO_THOUGHTS + answer[common:] if left == "<think>" else ""
 
     def _close_turn(self, text: str) -> str:
         """End `text` with the end-of-turn token and nothing after it."""
@@ -228,12 +241,12 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     return sorted(int(token_id) for token_id in ids if token_id is not None)
 
 
-def _continue_opening(opening: str, content: str) -> str:
-    """An answer's text as it follows a generation prompt that may have opened a thinking block already."""
-    for length in range(min(len(opening), len(content)), 0, -1):
-        overlap = opening[-length:]
+def _continue_opening(prompt: str, content: str) -> str:
+    """An answer's own text as it follows a generation prompt that may have opened a thinking block already."""
+    for length in range(min(len(prompt), len(content)), 0, -1):
+        overlap = prompt[-length:]
         if overlap.strip() and content.startswith(overlap):
             return content[length:]
-    if opening.rstrip().endswith("<think>") and "</think>" not in content:
-        return "\n</think>\n\n" + content
+    if prompt.rstrip().endswith("<think>") and "</think>" not in content:
+        return _NO_THOUGHTS + content
     return content

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .errors import ConfigError, DataError, ModelError
@@ -126,7 +127,7 @@ class ContextBuilder:
         if row.get("messages") is None:
             columns = ", ".join(str(column) for column in row) or "none"
             raise DataError(f"no `messages` (columns: {columns}); give a list of messages, or map your columns to it")
-        messages = parse_messages(row["messages"], "messages")
+        messages = [self._with_arguments(message) for message in parse_messages(row["messages"], "messages")]
         privileged = parse_privileged(row.get(self.privileged_key), self.privileged_key)
         answer = messages.pop() if messages[-1]["role"] == "assistant" else None
         if answer is not None and not answer["content"].strip() and not answer.get("tool_calls"):
@@ -152,7 +153,7 @@ class ContextBuilder:
         """The student's prompt as text, generation prompt included."""
         text = self.render(contexts.student, contexts.tools, contexts.chat_template_kwargs)
         for message in contexts.student:
-            if message["role"] == "developer" and _squeeze(message["content"]) not in _squeeze(text):
+            if message["role"] == "developer" and squeeze(message["content"]) not in squeeze(text):
                 raise DataError("the chat template drops the `developer` turn; give it the role `system`")
         return text
 
@@ -170,9 +171,9 @@ class ContextBuilder:
                     f"`{self.privileged_key}` placed after the last user turn: {error}; {self._hint}"
                 ) from error
             raise
-        squeezed = _squeeze(text)
+        squeezed = squeeze(text)
         for i, message in enumerate(contexts.privileged):
-            if _squeeze(message["content"]) not in squeezed:
+            if squeeze(message["content"]) not in squeezed:
                 raise DataError(
                     f"the chat template loses text of {self.privileged_key}[{i}] (role {message['role']}); {self._hint}"
                 )
@@ -202,6 +203,34 @@ class ContextBuilder:
             raise DataError(f"the chat template refuses the conversation: {lines[0]}") from error
         check_unicode(text, "the rendered conversation")
         return text
+
+    @cached_property
+    def _arguments_as_text(self) -> bool:
+        """Whether the template wants a tool call's arguments as JSON text (DeepSeek's) and not as a dict."""
+        for arguments in ({"probekey": "probevalue"}, '{"probekey": "probevalue"}'):
+            call = {"type": "function", "id": "probecall", "function": {"name": "probename", "arguments": arguments}}
+            turns: list[dict[str, Any]] = [
+                {"role": "user", "content": "Probeuser"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "Probetool", "name": "probename", "tool_call_id": "probecall"},
+            ]
+            try:
+                text = self.render(turns)
+            except DataError:
+                continue
+            if "probekey" in text and "probevalue" in text:
+                return isinstance(arguments, str)
+        return False
+
+    def _with_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
+        if "tool_calls" not in message or not self._arguments_as_text:
+            return message
+        calls = []
+        for call in message["tool_calls"]:
+            function = call.get("function", call)
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+            calls.append({**call, "function": function} if "function" in call else function)
+        return {**message, "tool_calls": calls}
 
     def _refusal(self, *roles: str) -> str | None:
         """Why the template cannot carry turns of these roles in this order; None when it can."""
@@ -306,7 +335,18 @@ def _fold(messages: list[dict[str, Any]], index: int, template: str, privileged:
     return [*messages[:index], {**messages[index], "content": text}, *messages[index + 1 :]]
 
 
-def _squeeze(text: str) -> str:
+def check_tool_calls(message: dict[str, Any], text: str) -> None:
+    """Raise a :class:`DataError` when the rendered `text` lacks a tool that the message calls."""
+    for call in message.get("tool_calls", ()):
+        name = call.get("function", call)["name"]
+        if name not in text:
+            raise DataError(
+                f"the chat template drops the tool call {name!r}; use a model whose template has tool calls"
+            )
+
+
+def squeeze(text: str) -> str:
+    """The text without white space: templates trim and pad what they render."""
     return "".join(text.split())
 
 

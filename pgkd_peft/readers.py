@@ -1,0 +1,237 @@
+"""Local data files → rows, strictly: what cannot be read is an error with its line number, never a guess.
+
+JSON rows may differ in keys and types; :func:`to_dataset` holds nested columns as JSON, so that Arrow does not fill
+each row with the other rows' keys, or refuse them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Json
+
+from .errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def to_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Dict rows of any JSON shape as a Dataset; nested or mixed columns become JSON columns."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    encoded = {name: encode_column([row.get(name) for row in rows]) for name in names}
+    features = Features({name: feature for name, (_, feature) in encoded.items() if feature is not None})
+    dataset = Dataset.from_dict({name: values for name, (values, feature) in encoded.items() if feature is None})
+    for name, feature in features.items():
+        dataset = dataset.add_column(name, encoded[name][0], feature=feature)
+    return dataset.select_columns(names)
+
+
+def encode_column(values: list[Any]) -> tuple[list[Any], Any]:
+    """A column's values for Arrow and the feature that they need (None: Arrow finds the plain type itself)."""
+    for plain in (str, bool, int, float):
+        if all(value is None or type(value) is plain for value in values):
+            if plain is int and any(value is not None and abs(value) >= 2**63 for value in values):
+                break
+            return values, None
+    return [None if value is None else json.dumps(value, default=str) for value in values], Json()
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The data files of a split: those whose file or folder name says so, or all when no name speaks of a split."""
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not path.name.startswith("dataset_info")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise DataError(f"{folder} has no data files; accepted are {', '.join(SUFFIXES)}")
+    words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in found}
+    wanted = _SPLIT_NAMES.get(split, {split.lower()})
+    files = [path for path in found if words[path] & wanted]
+    if not files:
+        named = set().union(*_SPLIT_NAMES.values(), wanted)
+        if split != "train" or any(words[path] & named for path in found):
+            raise DataError(
+                f"{folder} has no file for the split {split!r}; it has: "
+                f"{', '.join(str(path.relative_to(folder)) for path in found)}"
+            )
+        files = found
+    if len({path.suffix.lower() for path in files}) > 1:
+        raise DataError(
+            f"{folder} mixes kinds of files for the split {split!r} ({', '.join(path.name for path in files)}), which "
+            "may be copies of each other; name the file or keep one kind"
+        )
+    return files
+
+
+def read_files(files: list[Path]) -> Dataset:
+    if files[0].suffix.lower() == ".parquet":
+        return _read_parquet(files)
+    rows = [row for path in files for row in _READERS[path.suffix.lower()](path)]
+    return to_dataset(rows)
+
+
+def _read_parquet(files: list[Path]) -> Dataset:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    tables = []
+    for path in files:
+        try:
+            tables.append(parquet.read_table(path))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
+    try:
+        return Dataset(pa.concat_tables(tables, promote_options="default"))
+    except pa.ArrowException as error:
+        names = ", ".join(path.name for path in files)
+        raise DataError(f"the columns of {names} do not fit together: {first_line(error)}") from error
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    faults: dict[int, str] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                rows.append(_json_object(line))
+            except (ValueError, RecursionError) as error:
+                faults[number] = first_line(error)
+    if faults:
+        raise DataError(f"{path}: {len(faults)} broken line(s):\n{listing(faults, 20, 'line')}")
+    return _not_empty(rows, path)
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        return _not_empty([], path)
+    first = data.lstrip().split(b"\n", 1)[0]
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            raise DataError(f"{path}: broken JSON: {first_line(error)}") from error
+        return _read_jsonl(path)  # one object a line, under another name
+    if isinstance(value, dict) and b"\n" not in data.strip():
+        return _read_jsonl(path)
+    if not isinstance(value, list):
+        raise DataError(f"{path} holds a {type(value).__name__}; a .json file must be a list of rows (or .jsonl lines)")
+    faults = {i: f"a {type(row).__name__}, not an object" for i, row in enumerate(value) if not isinstance(row, dict)}
+    for i, row in enumerate(value):
+        if i not in faults and not _encodable(row):
+            faults[i] = "has a lone surrogate, which is not valid Unicode"
+    if faults:
+        raise DataError(f"{path}: {len(faults)} broken row(s):\n{listing(faults, 20, 'row')}", tuple(faults))
+    return _not_empty(value, path)
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not an object")
+    if b"\\u" in line and not _encodable(row):
+        raise ValueError("has a lone surrogate, which is not valid Unicode")
+    return row
+
+
+def _encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """All values as text (so 007 stays 007); an empty cell is None."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    limit = csv.field_size_limit(2**31 - 1)
+    rows: list[dict[str, Any]] = []
+    faults: dict[int, str] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: the header names a column twice: {', '.join(header)}")
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    faults[reader.line_num] = f"{len(cells)} cells, the header has {len(header)}"
+                elif cells:
+                    rows.append({name: cell or None for name, cell in zip(header, cells)})
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error}") from error
+    except csv.Error as error:
+        faults[reader.line_num] = str(error)
+    finally:
+        csv.field_size_limit(limit)
+    if faults:
+        raise DataError(f"{path}: {len(faults)} broken line(s):\n{listing(faults, 20, 'line')}")
+    return _not_empty(rows, path)
+
+
+_READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
+
+
+def _not_empty(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    if not rows:
+        raise DataError(f"{path} is empty; it must hold at least one row")
+    return rows
+
+
+def listing(faults: Mapping[int, str], limit: int, noun: str) -> str:
+    """Faults by number, equal ones in one line; past `limit` lines only the numbers."""
+    groups: dict[str, list[int]] = {}
+    for number in sorted(faults):
+        groups.setdefault(faults[number], []).append(number)
+    lines = [
+        f"  {noun}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}: {fault}"
+        for fault, numbers in list(groups.items())[:limit]
+    ]
+    rest = sorted(number for numbers in list(groups.values())[limit:] for number in numbers)
+    if rest:
+        lines.append(f"  and {len(rest)} more {noun}{'s' if len(rest) > 1 else ''}: {ranges(rest)}")
+    return "\n".join(lines)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs joined: "3, 7-9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of another library's error, in one line."""
+    if isinstance(error, json.JSONDecodeError) and error.lineno == 1:
+        return f"{error.msg} (column {error.colno})"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
