@@ -97,8 +97,8 @@ def _read_template(args: PrivilegedGKDConfig) -> str | None:
     path = Path(args.chat_template_path)
     if not path.is_file() or path.suffix not in (".jinja", ".j2"):
         raise ConfigError(
-            f"chat_template_path is {args.chat_template_path!r}; it must be an existing .jinja or .j2 file. (A template "
-            "taken from another model would bring tokens that this base has never seen.)"
+            f"chat_template_path is {args.chat_template_path!r}; it must be an existing .jinja or .j2 file. (A "
+            "template taken from another model would bring tokens that this base has never seen.)"
         )
     return path.read_text(encoding="utf-8")
 
@@ -146,7 +146,7 @@ def build_student(
             "quantization_config is only used when model is a path or Hub id; this one is loaded already."
         )
     elif args.model_init_kwargs:
-        raise ConfigError("model_init_kwargs is only used when model is a path or Hub id; this one is loaded already.")
+        raise ConfigError("model_init_kwargs is only used when model is a path or Hub id; it is loaded already.")
     if isinstance(model, PeftModel):
         _check_peft_model(model, peft_config)
         guard_cpu_linear4bit(model)

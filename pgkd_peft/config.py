@@ -33,8 +33,6 @@ class PrivilegedGKDConfig(GKDConfig):
         ConfigError: a value that cannot work; the message names the field, the value and what is accepted.
     """
 
-    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS]
-
     privileged_key: str = field(
         default="privileged_messages",
         metadata={"help": "Dataset column with the privileged information (PI): a list of messages, or a string."},
@@ -62,9 +60,9 @@ class PrivilegedGKDConfig(GKDConfig):
     teacher_adapter: str = field(
         default="disabled",
         metadata={
-            "help": "Whose weights answer as teacher. disabled: the base alone, fixed for the run (the fixed teacher of "
-            "OPSD, arXiv:2601.18734). shared: the student's own current weights. initial: a frozen copy of the adapter "
-            "that training started from. ema: a moving average of the student (SDFT, arXiv:2601.19897).",
+            "help": "Whose weights answer as teacher. disabled: the base alone, fixed for the run (the fixed teacher "
+            "of OPSD, arXiv:2601.18734). shared: the student's own current weights. initial: a frozen copy of the "
+            "adapter that training started from. ema: a moving average of the student (SDFT, arXiv:2601.19897).",
             "choices": list(TEACHERS),
         },
     )
@@ -94,8 +92,8 @@ class PrivilegedGKDConfig(GKDConfig):
     rollout_engine: str = field(
         default="auto",
         metadata={
-            "help": "What writes the rollouts. adapter: the model with its LoRA modules, least memory. merged: a 16-bit "
-            "copy of the linear layers with the LoRA added, fastest. auto: merged where it fits into free memory.",
+            "help": "What writes the rollouts. adapter: the model with its LoRA modules, least memory. merged: a "
+            "16-bit copy of the linear layers with the LoRA added, fastest. auto: merged where it fits into memory.",
             "choices": list(ENGINES),
         },
     )
@@ -109,8 +107,8 @@ class PrivilegedGKDConfig(GKDConfig):
     normalize_beta: bool = field(
         default=False,
         metadata={
-            "help": "Divide the divergence by beta*(1-beta), so that its gradient near agreement is that of KL for every "
-            "beta; without it beta=0.5 learns at a quarter of the rate."
+            "help": "Divide the divergence by beta*(1-beta), so that its gradient near agreement is that of KL for "
+            "every beta; without it beta=0.5 learns at a quarter of the rate."
         },
     )
     divergence_clip: float | None = field(
@@ -120,8 +118,8 @@ class PrivilegedGKDConfig(GKDConfig):
     divergence_clip_mode: str = field(
         default="rescale",
         metadata={
-            "help": "How divergence_clip binds. rescale: scale the token's loss down, keeping its gradient's direction. "
-            "token: clamp the token's divergence. entry: clamp each vocabulary entry, as OPSD's code does.",
+            "help": "How divergence_clip binds. rescale: scale the token's loss down, keeping its gradient's "
+            "direction. token: clamp the token's divergence. entry: clamp each vocabulary entry, as OPSD's code does.",
             "choices": list(CLIP_MODES),
         },
     )
@@ -254,7 +252,7 @@ class PrivilegedGKDConfig(GKDConfig):
                 "True. Set share_student_as_teacher=False to load another teacher, or remove the path."
             )
         if self.seq_kd and self.lmbda == 1.0:
-            raise ConfigError("seq_kd=True with lmbda=1.0 is never reached; lower lmbda or drop seq_kd.")
+            warnings.warn("seq_kd=True does nothing with lmbda=1.0; lower lmbda or drop seq_kd.", stacklevel=4)
 
     def divergence_in_words(self) -> str:
         """One line that says which divergence is minimised, with its formula in words."""

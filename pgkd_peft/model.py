@@ -215,7 +215,7 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: ``$PGKD_CACHE``, else ``$XDG_CACHE_HOME/pgkd-peft``, else ``~/.cache/pgkd-peft``."""
+    """Where converted models are kept: ``$PGKD_CACHE``, else ``pgkd-peft`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if "PGKD_CACHE" in os.environ:
         return Path(os.environ["PGKD_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgkd-peft"

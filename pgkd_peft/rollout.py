@@ -82,10 +82,10 @@ def generate(
     with eval_mode(model):
         while start < len(order):
             stop = start + 1
-            while (
-                stop < len(order)
-                and (stop + 1 - start) * copies * (len(prompts[order[stop]]) + max_new_tokens) <= budget
-            ):
+            while stop < len(order):
+                longest = len(prompts[order[stop]]) + max_new_tokens
+                if (stop + 1 - start) * copies * longest > budget:
+                    break
                 stop += 1
             batch = order[start:stop]
             rows = [i * copies + c for i in batch for c in range(copies)]
@@ -221,19 +221,16 @@ class MergedCopy:
             if hooked is not None:
                 base.__dict__["forward"] = hooked
         self.pairs: list[tuple[LoraLayer, nn.Linear]] = []
-        originals = dict(base.named_modules())
-        for name, module in list(self.model.named_modules()):
-            source = originals.get(name)
+        for name, source in _linears(base):
+            inner = source.get_base_layer() if isinstance(source, LoraLayer) else source
+            linear = nn.Linear(
+                inner.in_features, inner.out_features, bias=False, device=inner.weight.device, dtype=dtype
+            )
+            linear.bias = inner.bias
             if isinstance(source, LoraLayer):
-                linear = _empty_linear(source.get_base_layer(), dtype)
                 self.pairs.append((source, linear))
-            elif _is_quantized(source) and not any(
-                name.startswith(f"{n}.") for n, m in originals.items() if isinstance(m, LoraLayer)
-            ):
-                linear = _empty_linear(source, dtype)
-                linear.weight.data.copy_(dequantized_weight(source))
             else:
-                continue
+                linear.weight.data.copy_(dequantized_weight(source))
             parent, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, linear)
         self.model.eval().requires_grad_(False)
@@ -248,14 +245,16 @@ class MergedCopy:
         return self.model
 
 
-def _is_quantized(module: nn.Module | None) -> bool:
-    return (isinstance(module, nn.Linear) and hasattr(module, "state")) or hasattr(module, "quant_state")
+def _linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that a merged copy holds anew: those with LoRA, and the quantized ones without."""
+    import bitsandbytes as bnb
 
-
-def _empty_linear(source: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(source.in_features, source.out_features, bias=False, device=source.weight.device, dtype=dtype)
-    linear.bias = source.bias
-    return linear
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in base.named_modules():
+        quantized = isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+        if isinstance(module, LoraLayer) or (quantized and not name.endswith("base_layer")):
+            found.append((name, module))
+    return found
 
 
 def not_mergeable(student: PeftModel) -> str | None:
@@ -301,12 +300,7 @@ class RolloutEngine:
 
 def merged_bytes(student: PeftModel) -> int:
     """Extra memory of a merged copy: two bytes for each weight of each linear layer that it holds anew."""
-    base = base_of(student)
-    return sum(
-        2 * module.in_features * module.out_features
-        for module in base.modules()
-        if isinstance(module, LoraLayer) or (_is_quantized(module))
-    )
+    return sum(2 * module.in_features * module.out_features for _, module in _linears(base_of(student)))
 
 
 def free_bytes(device: torch.device) -> int:

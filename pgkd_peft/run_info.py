@@ -1,4 +1,4 @@
-"""A run explains itself: ``run.json`` in its folder says what was trained on what, with which versions, at what cost."""
+"""A run explains itself: ``run.json`` says what was trained on what, with which versions, at what cost."""
 
 from __future__ import annotations
 

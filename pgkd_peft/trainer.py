@@ -73,6 +73,8 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
             model is loaded.
     """
 
+    args: PrivilegedGKDConfig
+    model: PeftModel
     _tag_names = ["trl", "pgkd", "privileged-gkd", "self-distillation"]  # noqa: RUF012
     _name = "Privileged GKD"
     _paper = {  # noqa: RUF012
@@ -197,11 +199,15 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         if not batches:
             return batches, None
         rows = [row for batch in batches for row in rows_of(batch)]
-        on_policy = window_generator(self.args.seed, self.state.global_step, 0)  # the same draw on every rank
-        rows = self.write_and_read(rows, on_policy=bool(torch.rand((), generator=on_policy) < self.lmbda))
+        rows = self.write_and_read(rows, on_policy=self._draw_on_policy())
         tokens = torch.tensor(sum(len(row.kept) for row in rows), device=device)
         tokens = self.accelerator.gather(tokens).sum()
         return self._micro_batches(rows, len(batches)), tokens
+
+    def _draw_on_policy(self) -> bool:
+        """One draw an optimizer step, the same on every rank."""
+        generator = window_generator(self.args.seed, self.state.global_step, 0)
+        return bool(torch.rand((), generator=generator) < self.lmbda)
 
     def write_and_read(self, rows: list[Row], *, on_policy: bool) -> list[Row]:
         """Rollouts where this step calls for them, then the teacher's hidden states of every completion."""
@@ -329,7 +335,7 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         tokens = torch.tensor([t for row in rows for t in row.kept], device=hidden.device, dtype=torch.long)
         result = linear_jsd(
             hidden,
-            teacher_hidden.to(hidden.dtype) * (teacher_head.scale / head.scale if head.scale else 1.0),
+            teacher_hidden.detach() * (teacher_head.scale / head.scale),
             head.weight,
             head_bias=head.bias,
             teacher_head_weight=teacher_head.weight,
@@ -361,8 +367,8 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
             return
         path = self.run_info.save_batch(rows, self.processing_class)
         raise NonFiniteLossError(
-            f"the loss is {loss.item()} at step {self.state.global_step}. The batch is in {path}. The last checkpoint is "
-            "sound; lower learning_rate, or look for non-finite weights in the adapter it started from."
+            f"the loss is {loss.item()} at step {self.state.global_step}. The batch is in {path}. The last checkpoint "
+            "is sound; lower learning_rate, or look for non-finite weights in the adapter it started from."
         )
 
     # ---- what is measured --------------------------------------------------------------------------------------
@@ -396,7 +402,7 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
-        """Divergence on held-out rows: on the student's own rollouts when ``lmbda=1``, else on the reference answers."""
+        """Divergence on held-out rows: on the student's rollouts when ``lmbda=1``, else on the reference answers."""
         on_policy = self.lmbda == 1.0
         with torch.no_grad():
             batch = self._tensors(self.write_and_read(rows_of(inputs), on_policy=on_policy))
@@ -418,12 +424,13 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter, the tokenizer with its chat template, and the model card; the base is checked first."""
-        output_dir = output_dir or self.args.output_dir
+        run_dir = str(self.args.output_dir)
+        output_dir = output_dir or run_dir
         self.frozen.verify(f"when saving {output_dir}")
         super()._save(output_dir, state_dict)
         self.run_info.write(output_dir)
-        card = Path(self.args.output_dir) / "README.md"
-        self.create_model_card(model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        card = Path(run_dir) / "README.md"
+        self.create_model_card(model_name=(self.args.hub_model_id or Path(run_dir).name).split("/")[-1])
         if card.is_file() and Path(output_dir) != card.parent:
             (Path(output_dir) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
 
@@ -516,6 +523,6 @@ def _refuse_sharding(accelerator: Any) -> None:
     ):
         if used:
             raise ConfigError(
-                f"{name} is not supported: the adapter is switched off inside the shared base, which sharded weights do "
-                "not allow. One GPU, or several with plain DDP (accelerate launch --multi_gpu), work."
+                f"{name} is not supported: the adapter is switched off inside the shared base, which sharded weights "
+                "do not allow. One GPU, or several with plain DDP (accelerate launch --multi_gpu), work."
             )
