@@ -88,8 +88,8 @@ def linear_jsd(
             return _from_logits(_project(hidden, head_weight, head_bias, out_dtype), teacher, ids, options)
 
         parts.append(checkpoint(run, student_hidden[chunk], use_reentrant=False))
-    columns = [torch.cat(column) for column in zip(*parts)]
-    return Divergence(*columns) if sampled_ids is not None else Divergence(*columns, sampled_logprob=None)
+    divergence, entropy_s, entropy_t, top1, *logprob = (torch.cat(column) for column in zip(*parts))
+    return Divergence(divergence, entropy_s, entropy_t, top1, logprob[0] if logprob else None)
 
 
 def _project(hidden: Tensor, head: Head, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
