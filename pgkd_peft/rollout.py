@@ -239,9 +239,8 @@ class MergedCopy:
     def refresh(self) -> nn.Module:
         """Bring the linear weights up to date with the student's; once an optimizer step."""
         for source, linear in self.pairs:
-            weight = dequantized_weight(source.get_base_layer())
-            weight += source.get_delta_weight(STUDENT).float()
-            linear.weight.copy_(weight)
+            # not in place: the dense weight of a float32 base is the base's own tensor
+            linear.weight.copy_(dequantized_weight(source.get_base_layer()) + source.get_delta_weight(STUDENT).float())
         return self.model
 
 

@@ -79,7 +79,7 @@ def show(records: list[dict[str, Any]], max_chars: int) -> None:
     def cut(text: str, *, tail: bool = False) -> Text:
         if len(text) > max_chars:
             text = "…" + text[-max_chars:] if tail else text[:max_chars] + "…"
-        return Text(text)
+        return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
 
     table = Table(title=f"Rollouts at step {records[0]['step']}" if records else "No rollouts", show_lines=True)
     for column in ("prompt", "student (no PI)", "teacher (PI)"):

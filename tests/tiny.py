@@ -29,7 +29,8 @@ CHATML = (
 
 # Strict: no system turn, roles must alternate (as Gemma's and Mistral's do).
 STRICT = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -108,7 +109,9 @@ def tiny_model(kind: str = "llama", seed: int = 0, **overrides) -> PreTrainedMod
     return model.eval()
 
 
-def save_tiny(path: Path, kind: str = "llama", template: str = CHATML, *, pad_is_eos: bool = False, seed: int = 0, **kw):
+def save_tiny(
+    path: Path, kind: str = "llama", template: str = CHATML, *, pad_is_eos: bool = False, seed: int = 0, **kw
+):
     """Write a tiny model with its tokenizer where ``from_pretrained`` finds it; returns the path as a string."""
     tiny_model(kind, seed, **kw).save_pretrained(path)
     byte_tokenizer(template, pad_is_eos=pad_is_eos).save_pretrained(path)
