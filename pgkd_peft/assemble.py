@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from .adapters import STUDENT
 from .config import PrivilegedGKDConfig
 from .errors import ConfigError, ModelError
 from .model import (
@@ -23,7 +25,7 @@ from .model import (
     load_tokenizer,
     prepare_tokenizer,
 )
-from .teacher import STUDENT
+from .teacher import adapter_state
 
 logger = logging.getLogger(__name__)
 
@@ -210,21 +212,49 @@ def build_separate_teacher(
     return teacher.requires_grad_(False).eval()
 
 
-class Head:
-    """The output head as the divergence needs it: weight and bias, or a module where the head itself trains."""
+def teacher_tokenizer(teacher_model: Any, args: PrivilegedGKDConfig) -> PreTrainedTokenizerBase | None:
+    """The separate teacher's own tokenizer, where it was named by path or Hub id."""
+    teacher = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+    if not isinstance(teacher, str):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):  # weights without a tokenizer
+        return None
 
-    def __init__(self, model: nn.Module, *, teacher: bool = False):
+
+class Head:
+    """The output head as the divergence needs it: weight and bias, or a callable where the head itself trains.
+
+    Args:
+        teacher: None for the student's head, else the ``teacher_adapter`` whose head it is.
+    """
+
+    def __init__(self, model: nn.Module, *, teacher: str | None = None):
         base = base_of(model)
         module = base.get_output_embeddings()
         if module is None:
             raise ModelError(f"{type(base).__name__} has no output head to compare distributions with")
-        if teacher:  # the head below LoRA, or the original behind modules_to_save
-            module = getattr(module, "base_layer", getattr(module, "original_module", module))
+        inner = getattr(module, "base_layer", getattr(module, "original_module", module))
+        if teacher == "disabled":  # the head below LoRA, or the original behind modules_to_save
+            module = inner
+        elif teacher is not None and inner is not module:
+            module = _in_state(module, teacher)
         self.bias: torch.Tensor | None = None
         self.weight: Any = module
         if type(module) is nn.Linear:
             self.weight, self.bias = module.weight, module.bias
         self.softcap, self.scale = logit_shape(base)
+
+
+def _in_state(head: nn.Module, which: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An adapted head that answers with the adapter `which`."""
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with adapter_state(head, which):
+            return head(hidden)
+
+    return forward
 
 
 def logit_shape(base: PreTrainedModel) -> tuple[float | None, float]:

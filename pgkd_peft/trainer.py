@@ -28,7 +28,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
-from .assemble import Head, build_separate_teacher, build_student, check_teacher, find_tokenizer
+from .assemble import Head, build_separate_teacher, build_student, check_teacher, find_tokenizer, teacher_tokenizer
 from .collator import DataCollatorForPrivilegedGKD, stop_ids
 from .config import PrivilegedGKDConfig
 from .data import DataReport, validate_rows
@@ -39,7 +39,7 @@ from .rollout import RolloutEngine, generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .run_info import RunInfo
 from .scoring import Row, add_hidden_states_forward, pack, rows_of, score_teacher
-from .teacher import FrozenCheck, Teacher, starting_adapter_warning
+from .teacher import AverageCallback, FrozenCheck, Teacher, check_same_vocabulary, starting_adapter_warning
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +139,11 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         )
         add_hidden_states_forward(base_of(student))
         if separate is not None:
-            add_hidden_states_forward(separate)
+            check_same_vocabulary(student, separate, tokenizer, teacher_tokenizer(teacher_model, args))
+            add_hidden_states_forward(base_of(separate))
         self.head = Head(student)
-        self.teacher_head = Head(separate if separate is not None else student, teacher=True)
-        self.teacher = Teacher(student, args.teacher_adapter, separate=separate)
+        self.teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
+        self.teacher_head = Head(separate if separate is not None else student, teacher=self.teacher.which)
 
         # 3. TRL's trainers around them, without what they would change.
         with _keep(student, args), _quiet("trl.experimental.gkd.gkd_trainer"):
@@ -168,11 +169,13 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         # 4. What a step needs.
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
         self.pad_id = tokenizer.pad_token_id
-        self.frozen = FrozenCheck(student)
+        self.frozen = FrozenCheck(student, self.teacher)
         self.run_info = RunInfo(self, loaded, report)
         self._engine: RolloutEngine | None = None
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self.last_rows: list[Row] = []
+        if self.teacher.average is not None:
+            self.add_callback(AverageCallback(self))
         if args.rollout_log_steps:
             self.add_callback(RolloutLogCallback(self))
 
@@ -384,6 +387,10 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         if result.sampled_logprob is not None:
             sums["sampled_logprob"] += result.sampled_logprob.sum().item()
 
+    def add_to_log(self, name: str, value: float) -> None:
+        """Add to a sum whose mean over optimizer steps is logged."""
+        self._sums["train"][name] += value
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was measured since the last log: means over tokens, rows or optimizer steps, over all ranks."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
@@ -472,8 +479,9 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     mean("truncated_completions", "generated", "truncated")
     mean("on_policy", "rows")
     mean("privileged_rows", "rows")
-    for name in ("seconds_rollout", "seconds_teacher", "seconds_student"):
-        mean(name, "windows")
+    for name in ("seconds_rollout", "seconds_teacher", "seconds_student", "ema_cut_off"):
+        if name in sums:
+            mean(name, "windows")
     if sums.get("rows"):
         means["privileged_tokens_cut"] = sums.get("privileged_tokens_cut", 0.0)
         means["loss_tokens"] = sums.get("loss_tokens", 0.0)
