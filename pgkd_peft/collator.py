@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .context import ContextBuilder, Contexts, check_tool_calls, squeeze
+from .context import ContextBuilder, Contexts, squeeze
 from .errors import ConfigError, DataError
 
 _NO_THOUGHTS = "\n</think>\n\n"  # ends a thinking block that the generation prompt opened and the answer does not fill
@@ -156,7 +156,11 @@ class DataCollatorForPrivilegedGKD:
             add_generation_prompt=False,
         )
         text = full[len(prompt) :] if full.startswith(prompt) else self._after_opening(contexts, prompt, full)
-        check_tool_calls(contexts.answer, text)
+        if not text and contexts.answer.get("tool_calls"):
+            raise DataError(
+                "the chat template writes the answer's tool call in another way than its generation prompt opens it, "
+                "so it cannot be learnt from; drop the answer (prompt-only row)"
+            )
         if squeeze(contexts.answer["content"]) not in squeeze(text):  # a template that takes thoughts out of answers
             text = _continue_opening(prompt, contexts.answer["content"])
         return self._close_turn(text)

@@ -150,11 +150,23 @@ class ContextBuilder:
         )
 
     def render_student(self, contexts: Contexts) -> str:
-        """The student's prompt as text, generation prompt included."""
+        """The student's prompt as text, generation prompt included.
+
+        Raises:
+            DataError: the template refuses the conversation, or leaves out tools or a developer turn, as templates
+                without support for them do in silence.
+        """
         text = self.render(contexts.student, contexts.tools, contexts.chat_template_kwargs)
         for message in contexts.student:
             if message["role"] == "developer" and squeeze(message["content"]) not in squeeze(text):
                 raise DataError("the chat template drops the `developer` turn; give it the role `system`")
+        for tool in contexts.tools or []:
+            name = tool.get("function", tool)["name"]
+            if name not in text:
+                raise DataError(
+                    f"the chat template leaves out the tool {name!r}; drop `tools` (and describe them in a system "
+                    "turn), or use a model that calls tools"
+                )
         return text
 
     def render_teacher(self, contexts: Contexts) -> str:
@@ -167,9 +179,7 @@ class ContextBuilder:
             text = self.render(contexts.teacher, contexts.tools, contexts.teacher_chat_template_kwargs)
         except DataError as error:
             if contexts.has_privileged and self.placement == "messages":
-                raise DataError(
-                    f"`{self.privileged_key}` placed after the last user turn: {error}; {self._hint}"
-                ) from error
+                raise DataError(f"`{self.privileged_key}` after the last user turn: {error}; {self._hint}") from error
             raise
         squeezed = squeeze(text)
         for i, message in enumerate(contexts.privileged):
@@ -205,8 +215,10 @@ class ContextBuilder:
         return text
 
     @cached_property
-    def _arguments_as_text(self) -> bool:
-        """Whether the template wants a tool call's arguments as JSON text (DeepSeek's) and not as a dict."""
+    def _arguments_type(self) -> type | None:
+        """What the template wants a tool call's arguments to be: a dict, or JSON text (DeepSeek's); None when it
+        leaves out tool calls."""
+        tool = {"type": "function", "function": {"name": "probename", "description": "probe", "parameters": {}}}
         for arguments in ({"probekey": "probevalue"}, '{"probekey": "probevalue"}'):
             call = {"type": "function", "id": "probecall", "function": {"name": "probename", "arguments": arguments}}
             turns: list[dict[str, Any]] = [
@@ -215,16 +227,19 @@ class ContextBuilder:
                 {"role": "tool", "content": "Probetool", "name": "probename", "tool_call_id": "probecall"},
             ]
             try:
-                text = self.render(turns)
+                text = self.render(turns, [tool])
             except DataError:
                 continue
             if "probekey" in text and "probevalue" in text:
-                return isinstance(arguments, str)
-        return False
+                return type(arguments)
+        return None
 
     def _with_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
-        if "tool_calls" not in message or not self._arguments_as_text:
+        """The message with its tool calls' arguments as the template wants them."""
+        if "tool_calls" not in message or self._arguments_type is dict:
             return message
+        if self._arguments_type is None:
+            raise DataError("the chat template leaves out tool calls; use a model that calls tools")
         calls = []
         for call in message["tool_calls"]:
             function = call.get("function", call)
@@ -278,7 +293,7 @@ class ContextBuilder:
 
         The teacher's system turn with PI would replace it, and the contexts would then differ by more than PI.
         """
-        key = json.dumps(template_kwargs, sort_keys=True, default=str)
+        key = json.dumps(template_kwargs, sort_keys=True)
         if key not in self._default_systems:
             user = {"role": "user", "content": "Probeuser"}
             bare = self.render([user], None, template_kwargs)
@@ -333,16 +348,6 @@ def _fold(messages: list[dict[str, Any]], index: int, template: str, privileged:
     if not parts["{question}"].strip():
         text = text.strip("\n")
     return [*messages[:index], {**messages[index], "content": text}, *messages[index + 1 :]]
-
-
-def check_tool_calls(message: dict[str, Any], text: str) -> None:
-    """Raise a :class:`DataError` when the rendered `text` lacks a tool that the message calls."""
-    for call in message.get("tool_calls", ()):
-        name = call.get("function", call)["name"]
-        if name not in text:
-            raise DataError(
-                f"the chat template drops the tool call {name!r}; use a model whose template has tool calls"
-            )
 
 
 def squeeze(text: str) -> str:

@@ -78,7 +78,7 @@ def parse_template_kwargs(row: Mapping[str, Any], field: str) -> dict[str, Any]:
     reserved = sorted(_RESERVED_KWARGS & set(value))
     if reserved:
         raise DataError(f"`{field}` sets {reserved[0]!r}, which is not the row's to set; take it out")
-    return _strip_none(dict(value), field)
+    return _json_like(value, field)
 
 
 def parse_tools(value: Any) -> list[Any] | None:
@@ -88,10 +88,11 @@ def parse_tools(value: Any) -> list[Any] | None:
         return None
     if not isinstance(value, (list, tuple)):
         raise DataError(f"`tools` is {kind_of(value)}; give a list of tool schemas (dicts)")
-    tools = [_strip_none(_from_json(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(value)]
+    tools = [_json_like(_from_json(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(value)]
     for i, tool in enumerate(tools):
-        if not isinstance(tool, dict):
-            raise DataError(f"tools[{i}] is {kind_of(tool)}; give a tool schema (a dict)")
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"tools[{i}] is {kind_of(tool)}; give a tool schema (a dict with a function's name)")
     return tools
 
 
@@ -122,6 +123,8 @@ def _parse_message(message: Any, where: str, blank_allowed: bool = False) -> dic
             raise DataError(f"{where} (role {role}) has no `content`; give its text")
         content = ""
     clean["content"] = _text(content, f"{where}.content")
+    if role == "user" and not blank_allowed and not clean["content"].strip():
+        raise DataError(f"{where} is a user turn without text; give the question")
     return clean
 
 
@@ -145,12 +148,10 @@ def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
         raise DataError(f"{where} is {kind_of(calls)}; give a list of dicts")
     parsed = []
-    for i, call in enumerate(calls):
+    for i, call in enumerate(_json_like(calls, where)):
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(
-                f"{where}[{i}] has no function name; give {{'function': {{'name': ..., 'arguments': ...}}}}"
-            )
+            raise DataError(f"{where}[{i}] has no name; give {{'function': {{'name': ..., 'arguments': ...}}}}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _from_json(arguments, f"{where}[{i}] arguments")
@@ -168,6 +169,16 @@ def _from_json(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"`{where}` is a string but not JSON: {error}") from error
+
+
+def _json_like(value: Any, where: str) -> Any:
+    """`value` without None, refused unless it could be written as JSON (the chat template prints it)."""
+    value = _strip_none(value, where)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} cannot be written as JSON: {error}") from error
+    return value
 
 
 def _strip_none(value: Any, where: str) -> Any:
