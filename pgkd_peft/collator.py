@@ -246,11 +246,12 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 
 def _continue_opening(prompt: str, content: str) -> str:
-    """An answer's own text as it follows a generation prompt that may have opened a thinking block already."""
-    for length in range(min(len(prompt), len(content)), 0, -1):
-        overlap = prompt[-length:]
-        if overlap.strip() and content.startswith(overlap):
-            return content[length:]
-    if prompt.rstrip().endswith("<think>") and "</think>" not in content:
+    """An answer's own text as it follows a prompt that may have opened a thinking block already."""
+    opened = prompt.rstrip()
+    if not opened.endswith("<think>"):
+        return content
+    if "</think>" not in content:
         return _NO_THOUGHTS + content
-    return content
+    if not content.lstrip().startswith("<think>"):
+        return content
+    return content.lstrip().removeprefix("<think>").removeprefix(prompt[len(opened) :])

@@ -73,6 +73,12 @@ TOOL_ROW = {
 }
 
 
+def swap(template: str, old: str, new: str) -> str:
+    """A variant of a template; fails when there is nothing to replace."""
+    assert old in template
+    return template.replace(old, new)
+
+
 def builder(template: str = CHATML, **kwargs) -> ContextBuilder:
     return ContextBuilder(byte_tokenizer(template), **kwargs)
 
@@ -203,7 +209,7 @@ def test_system_placement_keeps_the_default_system_text_of_the_template():
 
 
 def test_default_system_text_that_depends_on_template_variables():
-    template = DEFAULT_SYSTEM.replace("Be helpful.", "{{ persona or 'Be helpful.' }}")
+    template = swap(DEFAULT_SYSTEM, "Be helpful.", "{{ persona or 'Be helpful.' }}")
     b = builder(template, privileged_placement="system")
     _, teacher = texts(b, row("u:Q", pi="P", chat_template_kwargs={"persona": "Be a pirate."}))
     assert "system\nBe a pirate.\n\nP<" in teacher
@@ -264,12 +270,12 @@ def test_tools_and_arguments_given_as_json_text():
 
 
 def test_a_template_that_wants_arguments_as_text_gets_text():
-    template = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")
+    template = swap(TOOLS, "c.function.arguments | tojson", "c.function.arguments")
     assert texts(builder(template), TOOL_ROW) == texts(builder(TOOLS), TOOL_ROW)
 
 
 def test_tool_calls_that_the_template_drops_are_refused():
-    without_calls = TOOLS.replace("m.tool_calls or []", "[]")
+    without_calls = swap(TOOLS, "m.tool_calls or []", "[]")
     with pytest.raises(DataError, match="leaves out tool calls; use a model that calls tools"):
         texts(builder(without_calls), TOOL_ROW)
     with pytest.raises(DataError, match="leaves out the tool 'weather'; drop `tools`"):
@@ -509,8 +515,10 @@ def test_pi_turns_that_the_template_loses_or_refuses_in_one_row():
     pi = [{"role": "system", "content": "The secret."}]
     with pytest.raises(DataError, match=r"loses text of privileged_messages\[0\] \(role system\); write the PI as one"):
         texts(builder(drops_system), row("u:Q", pi=pi))
-    refuses = CHATML.replace(
-        "{{ '<|im_start|>", "{% if m['role'] == 'tool' %}{{ raise_exception('none') }}{% endif %}{{ '<|im_start|>", 1
+    refuses = swap(
+        CHATML,
+        "{{ '<|im_start|>' + m",
+        "{% if m['role'] == 'tool' %}{{ raise_exception('none') }}{% endif %}{{ '<|im_start|>' + m",
     )
     with pytest.raises(DataError, match=r"`privileged_messages` after the last user turn: .*none; write the PI as one"):
         texts(builder(refuses), row("u:Q", pi=[{"role": "tool", "content": "x"}]))
