@@ -6,12 +6,15 @@ information (PI); the student, the same base with a LoRA adapter, reads it witho
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # trl.experimental warns at import that it may change; pyproject.toml therefore pins TRL's minor version.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+# bitsandbytes looks for an optional inference kernel on the Hub at import, and warns when it is not there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .adapters import STUDENT
+from .collator import DataCollatorForPrivilegedGKD
 from .config import PrivilegedGKDConfig
+from .data import DataReport, validate_rows
 from .errors import ConfigError, ModelError
 from .model import (
     attach_lora,
@@ -272,3 +275,26 @@ def logit_shape(base: PreTrainedModel) -> tuple[float | None, float]:
         scaling = getattr(config, "logits_scaling", None)
         scale = 1.0 if scaling is None else float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
     return getattr(config, "final_logit_softcapping", None), scale
+
+
+def checked_rows(
+    dataset: Any, collator: Any, args: PrivilegedGKDConfig, name: str
+) -> tuple[Dataset | IterableDataset, DataReport | None]:
+    """The dataset, all its rows found usable, and what was found; None where rows can only be checked one by one."""
+    if dataset is None:
+        raise ConfigError(f"{name} is missing; pass a datasets.Dataset with a 'messages' column.")
+    if isinstance(dataset, IterableDataset) or not isinstance(collator, DataCollatorForPrivilegedGKD):
+        return dataset, None
+    report = validate_rows(
+        dataset,
+        collator,
+        require_completion=args.lmbda < 1.0 and not args.seq_kd,
+        skip_long=args.skip_long_prompts,
+    )
+    if not isinstance(dataset, Dataset):  # a column of a Dataset has one type: a string of PI is one user message
+        key = args.privileged_key
+        as_messages = [
+            {key: [{"role": "user", "content": r[key]}]} if isinstance(r.get(key), str) else {} for r in dataset
+        ]
+        dataset = Dataset.from_list([{**row, **pi} for row, pi in zip(dataset, as_messages)])
+    return (dataset.select(report.kept) if report.skipped_long else dataset), report

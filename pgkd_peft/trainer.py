@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -28,18 +28,37 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
-from .assemble import Head, build_separate_teacher, build_student, check_teacher, find_tokenizer, teacher_tokenizer
+from .adapters import STUDENT
+from .assemble import (
+    Head,
+    build_separate_teacher,
+    build_student,
+    check_teacher,
+    checked_rows,
+    find_tokenizer,
+    teacher_tokenizer,
+)
+from .checkpoint import CheckpointMixin, explain_full_disk, find_checkpoint, replacing
 from .collator import DataCollatorForPrivilegedGKD, stop_ids
 from .config import PrivilegedGKDConfig
-from .data import DataReport, validate_rows
 from .divergence import linear_jsd
 from .errors import ConfigError, PGKDError
+from .interrupt import interruptible
+from .metrics import means_of
 from .model import base_of
 from .rollout import RolloutEngine, generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .run_info import RunInfo
 from .scoring import Row, add_hidden_states_forward, pack, rows_of, score_teacher
-from .teacher import AverageCallback, FrozenCheck, Teacher, check_same_vocabulary, starting_adapter_warning
+from .teacher import (
+    AverageCallback,
+    FrozenCheck,
+    ProbeCallback,
+    Teacher,
+    check_same_vocabulary,
+    starting_adapter_warning,
+)
+from .trl_guards import keep_adapter, refuse_sharding, without_input_casts, without_migration_advice
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +67,7 @@ class NonFiniteLossError(PGKDError):
     """The loss is NaN or infinite; the batch was saved for inspection."""
 
 
-class PrivilegedSelfDistillTrainer(GKDTrainer):
+class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
     """On-policy self-distillation with privileged information (PI).
 
     The student answers the conversation; the teacher, by default the same base with the adapter switched off, reads
@@ -125,10 +144,10 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
             privileged_placement=args.privileged_placement,
             privileged_template=args.privileged_template,
         )
-        train_dataset, report = _checked(train_dataset, collator, args, "train_dataset")
+        train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         if eval_dataset is not None:
             many = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-            many = {key: _checked(dataset, collator, args, key)[0] for key, dataset in many.items()}
+            many = {key: checked_rows(dataset, collator, args, key)[0] for key, dataset in many.items()}
             eval_dataset = many if isinstance(eval_dataset, dict) else many["eval_dataset"]
 
         # 2. One base, one adapter that trains, and perhaps another teacher.
@@ -146,7 +165,7 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         self.teacher_head = Head(separate if separate is not None else student, teacher=self.teacher.which)
 
         # 3. TRL's trainers around them, without what they would change.
-        with _keep(student, args), _quiet("trl.experimental.gkd.gkd_trainer"):
+        with keep_adapter(student, args), without_migration_advice("trl.experimental.gkd.gkd_trainer"):
             super().__init__(
                 student,
                 teacher_model=separate if separate is not None else student,
@@ -164,7 +183,7 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
             self.accelerator._models.clear()
         else:
             self.teacher.separate = self.teacher_model
-        _refuse_sharding(self.accelerator)
+        refuse_sharding(self.accelerator)
 
         # 4. What a step needs.
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
@@ -174,6 +193,7 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         self._engine: RolloutEngine | None = None
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self.last_rows: list[Row] = []
+        self.add_callback(ProbeCallback(self.frozen))
         if self.teacher.average is not None:
             self.add_callback(AverageCallback(self))
         if args.rollout_log_steps:
@@ -305,11 +325,13 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         size = self.args.per_device_train_batch_size
         parts = [rows[i : i + size] for i in range(0, len(rows), size)] or [[]]
         total = torch.zeros((), device=self.args.device)
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                batch = inputs if len(parts) == 1 else self._tensors(part)
-                total += SFTTrainer.training_step(self, model, batch, num_items_in_batch)
+        autocast = self.accelerator.native_amp and hasattr(self.model, "_original_forward")
+        with without_input_casts(self.model, autocast=autocast):
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    batch = inputs if len(parts) == 1 else self._tensors(part)
+                    total += SFTTrainer.training_step(self, model, batch, num_items_in_batch)
         self._sums["train"]["seconds_student"] += time.perf_counter() - start
         return total
 
@@ -401,7 +423,7 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
             gathered = self.accelerator.gather(values[None]).sum(0).tolist()
             sums = defaultdict(float, zip(names, gathered))
         prefix = "eval_" if mode == "eval" else ""
-        for name, value in _means(sums).items():
+        for name, value in means_of(sums).items():
             logs.setdefault(prefix + name, value)
         self._sums[mode] = defaultdict(float)
         super().log(logs, start_time)
@@ -420,13 +442,22 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
     # ---- files -------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; the run folder then holds ``run.json``, and the base is proven unchanged at the end."""
-        self.run_info.start()
-        try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-            self.frozen.verify("at the end of training")
-        finally:
-            self.run_info.finish()
+        """Train; the run folder then holds ``run.json``, and the base is proven unchanged at the end.
+
+        Args:
+            resume_from_checkpoint: True for the last whole checkpoint of the run folder, or a checkpoint's folder. The
+                run then goes on as if it had not been interrupted: the same data, rollouts, dropout and losses.
+
+        Raises:
+            RunInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
+            CheckpointError: a checkpoint cannot be written, or the one to resume from is damaged or of another base.
+            FrozenBaseError, NonFiniteLossError: see there.
+        """
+        run_dir = str(self.args.output_dir)
+        checkpoint = find_checkpoint(run_dir, resume_from_checkpoint)
+        with explain_full_disk(run_dir), interruptible(self), self.run_info.recording():
+            result = super().train(checkpoint, *args, **kwargs)
+            self.frozen.verify("at the end of training", probe=True)
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -434,103 +465,13 @@ class PrivilegedSelfDistillTrainer(GKDTrainer):
         run_dir = str(self.args.output_dir)
         output_dir = output_dir or run_dir
         self.frozen.verify(f"when saving {output_dir}")
-        super()._save(output_dir, state_dict)
-        self.run_info.write(output_dir)
+        if not self.args.should_save:
+            return
+        with replacing(output_dir) if self._staging is None else contextlib.nullcontext(output_dir) as folder:
+            self.model.save_pretrained(folder, selected_adapters=[STUDENT])
+            self.processing_class.save_pretrained(folder)
+            self.run_info.write(folder)
         card = Path(run_dir) / "README.md"
         self.create_model_card(model_name=(self.args.hub_model_id or Path(run_dir).name).split("/")[-1])
         if card.is_file() and Path(output_dir) != card.parent:
             (Path(output_dir) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
-
-
-def _checked(
-    dataset: Any, collator: Any, args: PrivilegedGKDConfig, name: str
-) -> tuple[Dataset | IterableDataset, DataReport | None]:
-    """The dataset, all its rows found usable, and what was found; None where rows can only be checked one by one."""
-    if dataset is None:
-        raise ConfigError(f"{name} is missing; pass a datasets.Dataset with a 'messages' column.")
-    if isinstance(dataset, IterableDataset) or not isinstance(collator, DataCollatorForPrivilegedGKD):
-        return dataset, None
-    report = validate_rows(
-        dataset,
-        collator,
-        require_completion=args.lmbda < 1.0 and not args.seq_kd,
-        skip_long=args.skip_long_prompts,
-    )
-    if not isinstance(dataset, Dataset):  # a column of a Dataset has one type: a string of PI is one user message
-        key = args.privileged_key
-        as_messages = [
-            {key: [{"role": "user", "content": r[key]}]} if isinstance(r.get(key), str) else {} for r in dataset
-        ]
-        dataset = Dataset.from_list([{**row, **pi} for row, pi in zip(dataset, as_messages)])
-    return (dataset.select(report.kept) if report.skipped_long else dataset), report
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    """Sums since the last log -> what is logged."""
-    means: dict[str, float] = {}
-
-    def mean(name: str, over: str, source: str | None = None) -> None:
-        if sums.get(over):
-            means[name] = sums.get(source or name, 0.0) / sums[over]
-
-    for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob"):
-        mean(name, "loss_tokens")
-    mean("completion_length", "rows", "completion_tokens")
-    mean("truncated_completions", "generated", "truncated")
-    mean("on_policy", "rows")
-    mean("privileged_rows", "rows")
-    for name in ("seconds_rollout", "seconds_teacher", "seconds_student", "ema_cut_off"):
-        if name in sums:
-            mean(name, "windows")
-    if sums.get("rows"):
-        means["privileged_tokens_cut"] = sums.get("privileged_tokens_cut", 0.0)
-        means["loss_tokens"] = sums.get("loss_tokens", 0.0)
-    seconds = sum(sums.get(name, 0.0) for name in ("seconds_rollout", "seconds_teacher", "seconds_student"))
-    if seconds:
-        means["tokens_per_second"] = sums.get("completion_tokens", 0.0) / seconds
-    return means
-
-
-@contextlib.contextmanager
-def _keep(student: PeftModel, args: PrivilegedGKDConfig) -> Iterator[None]:
-    """Undo what TRL's constructors do to a QLoRA student: they round the adapter to bfloat16, in which Adam's small
-    steps are lost, and they switch off LoRA's own dropout together with the base's."""
-    weights = [(param, param.data) for param in student.parameters() if param.requires_grad]
-    dropouts = [(m, m.p) for name, m in student.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
-    init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used already, when the base was loaded
-    teacher_kwargs, args.teacher_model_init_kwargs = args.teacher_model_init_kwargs, None
-    try:
-        yield
-    finally:
-        args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs, teacher_kwargs
-        for param, data in weights:
-            param.data = data.to(param.device)
-        for module, p in dropouts:
-            module.p = p
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Hold back TRL's advice to move to another trainer, which has no privileged context."""
-
-    def no_advice(record: logging.LogRecord) -> bool:
-        return "DistillationTrainer" not in record.getMessage()
-
-    log = logging.getLogger(name)
-    log.addFilter(no_advice)
-    try:
-        yield
-    finally:
-        log.removeFilter(no_advice)
-
-
-def _refuse_sharding(accelerator: Any) -> None:
-    for name, used in (
-        ("FSDP", getattr(accelerator.state, "fsdp_plugin", None) is not None),
-        ("DeepSpeed", getattr(accelerator.state, "deepspeed_plugin", None) is not None),
-    ):
-        if used:
-            raise ConfigError(
-                f"{name} is not supported: the adapter is switched off inside the shared base, which sharded weights "
-                "do not allow. One GPU, or several with plain DDP (accelerate launch --multi_gpu), work."
-            )
