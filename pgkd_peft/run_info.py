@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,8 @@ from .teacher import STUDENT
 if TYPE_CHECKING:
     from .trainer import PrivilegedSelfDistillTrainer
 
+logger = logging.getLogger(__name__)
+
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
@@ -38,13 +43,19 @@ class RunInfo:
         self.started = 0.0
         self.seconds = 0.0
 
-    def start(self) -> None:
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Write ``run.json`` at the start and, with the time that the body took, at the end."""
         self.started = time.perf_counter()
         self.write(self.trainer.args.output_dir)
-
-    def finish(self) -> None:
-        self.seconds = time.perf_counter() - self.started
-        self.write(self.trainer.args.output_dir)
+        try:
+            yield
+        finally:
+            self.seconds = time.perf_counter() - self.started
+            try:
+                self.write(self.trainer.args.output_dir)
+            except OSError as error:  # must not hide what ended the run
+                logger.warning("run.json could not be brought up to date: %s", error)
 
     def collect(self) -> dict[str, Any]:
         """Everything as plain JSON types."""

@@ -310,6 +310,16 @@ class FrozenCheck:
         return next(self.model.parameters()).device.type == "cpu"
 
 
+class ProbeCallback(TrainerCallback):
+    """Takes the probe when the model is ready to train (prepared, and resumed where it resumes)."""
+
+    def __init__(self, frozen: FrozenCheck):
+        self.frozen = frozen
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.frozen.take_probe()
+
+
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     trained: set[int] = set()
     for layer in switchable_layers(model):
