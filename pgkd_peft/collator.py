@@ -68,6 +68,7 @@ class DataCollatorForPrivilegedGKD:
             privileged_template=privileged_template,
         )
         self.pad_token_id = pad_token_id(tokenizer)
+        self.special_tokens = special_tokens(tokenizer)
         self.turn_end, self.end_of_turn = turn_end_texts(self.builder)
         self.end_of_turn_ids = self._tokenize(self.end_of_turn)
 
@@ -156,12 +157,13 @@ class DataCollatorForPrivilegedGKD:
             add_generation_prompt=False,
         )
         text = full[len(prompt) :] if full.startswith(prompt) else self._after_opening(contexts, prompt, full)
-        if not text and contexts.answer.get("tool_calls"):
-            raise DataError(
-                "the chat template writes the answer's tool call in another way than its generation prompt opens it, "
-                "so it cannot be learnt from; drop the answer (prompt-only row)"
-            )
-        if squeeze(contexts.answer["content"]) not in squeeze(text):  # a template that takes thoughts out of answers
+        if contexts.answer.get("tool_calls"):
+            if not text:
+                raise DataError(
+                    "the chat template writes the answer's tool call in another way than its generation prompt opens "
+                    "it, so it cannot be learnt from; drop the answer (prompt-only row)"
+                )
+        elif squeeze(contexts.answer["content"]) not in squeeze(text):  # the template takes thoughts out of answers
             text = _continue_opening(prompt, contexts.answer["content"])
         return self._close_turn(text)
 
@@ -187,7 +189,7 @@ class DataCollatorForPrivilegedGKD:
         if self.turn_end and text.endswith(self.turn_end):
             return text[: -len(self.turn_end)] + self.end_of_turn
         stripped = text.rstrip()
-        if any(stripped.endswith(token) for token in self.tokenizer.all_special_tokens):  # e.g. an end-of-call token
+        if any(stripped.endswith(token) for token in self.special_tokens):  # e.g. an end-of-call token
             return stripped
         return text + self.end_of_turn
 
@@ -226,8 +228,17 @@ def turn_end_texts(builder: ContextBuilder) -> tuple[str, str]:
     _, found, turn_end = builder.render(probe, add_generation_prompt=False).rpartition("Probeanswer")
     if not found:
         turn_end = ""
-    at = {turn_end.find(token): token for token in tokenizer.all_special_tokens if token and token in turn_end}
-    return turn_end, at[min(at)] if at else (tokenizer.eos_token or "")
+    for tokens in (special_tokens(tokenizer), tokenizer.get_added_vocab()):  # some mark theirs as not special
+        at = {turn_end.index(token): token for token in tokens if token in turn_end}
+        if at:
+            return turn_end, at[min(at)]
+    return turn_end, tokenizer.eos_token or ""
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Every special token's text: the named ones and the added ones (Gemma's end of turn is only among those)."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({token for token in [*tokenizer.all_special_tokens, *added] if token})
 
 
 def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:

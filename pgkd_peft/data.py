@@ -256,7 +256,7 @@ def validate_rows(
         )
         if leaked(contexts, encoded["student_text"]):
             leaks.append(i)
-        if has_markup(contexts, collator.tokenizer.all_special_tokens):
+        if has_markup(contexts, collator.special_tokens):
             markup.append(i)
     if faults:
         raise bad_rows_error(faults, len(rows), max_rows_listed)

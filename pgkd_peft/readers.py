@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json
+from datasets import Dataset, Features, Json, Value
 
 from .errors import DataError
 
@@ -28,21 +28,18 @@ _SPLIT_NAMES = {
 def to_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """Dict rows of any JSON shape as a Dataset; nested or mixed columns become JSON columns."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    encoded = {name: encode_column([row.get(name) for row in rows]) for name in names}
-    features = Features({name: feature for name, (_, feature) in encoded.items() if feature is not None})
-    dataset = Dataset.from_dict({name: values for name, (values, feature) in encoded.items() if feature is None})
-    for name, feature in features.items():
-        dataset = dataset.add_column(name, encoded[name][0], feature=feature)
-    return dataset.select_columns(names)
+    columns = {name: encode_column([row.get(name) for row in rows]) for name in names}
+    features = Features({name: feature for name, (_, feature) in columns.items()})
+    return Dataset.from_dict({name: values for name, (values, _) in columns.items()}, features=features)
 
 
-def encode_column(values: list[Any]) -> tuple[list[Any], Any]:
-    """A column's values for Arrow and the feature that they need (None: Arrow finds the plain type itself)."""
-    for plain in (str, bool, int, float):
+def encode_column(values: list[Any]) -> tuple[list[Any], Value | Json]:
+    """A column's values for Arrow and their feature: a plain type where all have it, else JSON."""
+    for plain, dtype in ((str, "string"), (bool, "bool"), (int, "int64"), (float, "float64")):
         if all(value is None or type(value) is plain for value in values):
             if plain is int and any(value is not None and abs(value) >= 2**63 for value in values):
                 break
-            return values, None
+            return values, Value(dtype)
     return [None if value is None else json.dumps(value, default=str) for value in values], Json()
 
 
@@ -110,7 +107,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                rows.append(_json_object(line))
+                rows.append(_json_object(line.strip()))
             except (ValueError, RecursionError) as error:
                 faults[number] = first_line(error)
     if faults:
@@ -170,13 +167,14 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
-            header = next(reader, [])
+            lines = (cells for cells in reader if len(cells) > 1 or any(cell.strip() for cell in cells))
+            header = next(lines, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: the header names a column twice: {', '.join(header)}")
-            for cells in reader:
-                if cells and len(cells) != len(header):
+            for cells in lines:
+                if len(cells) != len(header):
                     faults[reader.line_num] = f"{len(cells)} cells, the header has {len(header)}"
-                elif cells:
+                else:
                     rows.append({name: cell or None for name, cell in zip(header, cells)})
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error

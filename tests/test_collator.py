@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_context import DEFAULT_SYSTEM, THINKING, TOOL_ROW, TOOLS, row, swap
 from tiny import CHATML, DROPPING, ROWS, STRICT, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from pgkd_peft.collator import DataCollatorForPrivilegedGKD, RowTooLongError, stop_ids
 from pgkd_peft.errors import ConfigError, DataError
@@ -209,6 +209,17 @@ def test_end_of_turn_is_found(template, expected):
     assert c.end_of_turn_ids == c.tokenizer.convert_tokens_to_ids([expected[1]])
     text = c.tokenizer.decode(c.encode(row("u:Q", "a:A\n"))["completion_ids"])
     assert text == "A\n" + expected[1]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_end_of_turn_that_is_only_an_added_token(special):
+    tokenizer = byte_tokenizer(swap(CHATML, "<|im_end|>", "<end_of_turn>"))
+    tokenizer.add_tokens(AddedToken("<end_of_turn>", special=special))
+    assert "<end_of_turn>" not in tokenizer.all_special_tokens  # what the test is about
+    c = DataCollatorForPrivilegedGKD(tokenizer)
+    assert c.end_of_turn == "<end_of_turn>"
+    assert tokenizer.decode(c.encode(row("u:Q", "a:A"))["completion_ids"]) == "A<end_of_turn>"
+    assert tokenizer.convert_tokens_to_ids("<end_of_turn>") in stop_ids(tokenizer)
 
 
 @pytest.mark.parametrize(
