@@ -1,0 +1,519 @@
+"""Whose weights answer as teacher, that they are set and put back, and that the frozen ones are proven frozen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import ROWS, VOCAB, byte_tokenizer, save_tiny, tiny_model
+from transformers import TrainerCallback
+
+from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
+from pgkd_peft.adapters import STUDENT, adapter_tensors
+from pgkd_peft.ema import EMA, RANK_FACTOR, truncate
+from pgkd_peft.errors import ConfigError, FrozenBaseError, ModelError
+from pgkd_peft.model import load_base
+from pgkd_peft.teacher import INITIAL, FrozenCheck, Teacher, adapter_state, check_same_vocabulary
+
+IDS = torch.arange(24)[None] + 10  # (1, T)
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+
+
+def lora(**kwargs) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **kwargs})
+
+
+def student(config: LoraConfig | None = None, *, moved: bool = True, seed: int = 1) -> PeftModel:
+    """A tiny PeftModel, by default with an adapter that is not zero."""
+    model = get_peft_model(tiny_model(), config or lora())
+    if moved:
+        move(model, seed)
+    return model
+
+
+@torch.no_grad()
+def move(model: PeftModel, seed: int, scale: float = 0.3) -> None:
+    """Add noise to everything that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.add_(scale * torch.randn(param.shape, generator=generator))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def teacher_logits(teacher: Teacher) -> torch.Tensor:
+    with teacher.weights() as model:
+        return logits(model)
+
+
+def snapshot(model: PeftModel) -> dict:
+    """Everything that the context manager must put back."""
+    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    assert len(layers) >= 6
+    return {
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "active": [list(m.active_adapters) for m in layers],
+        "disabled": [m.disable_adapters for m in layers],
+        "active_adapter": model.active_adapter,
+        "weights": [p.detach().clone() for p in model.parameters()],
+    }
+
+
+def same(before: dict, after: dict) -> bool:
+    weights = all(torch.equal(a, b) for a, b in zip(before.pop("weights"), after.pop("weights"), strict=True))
+    return weights and before == after
+
+
+def run(tmp_path, model=None, rows=ROWS, callbacks=None, teacher_model=None, processing_class=None, **settings):
+    """A trainer on a tiny model, not trained yet."""
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "lmbda": 0.0,
+        "max_new_tokens": 6,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+    }
+    return PrivilegedSelfDistillTrainer(
+        model=model if model is not None else student(),
+        teacher_model=teacher_model,
+        args=PrivilegedGKDConfig(**{**defaults, **settings}),
+        train_dataset=rows,
+        callbacks=callbacks,
+        processing_class=processing_class or byte_tokenizer(),
+    )
+
+
+# ---- the context manager -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["disabled", "shared", "initial"])
+@pytest.mark.parametrize("training", [True, False])
+def test_everything_is_put_back(which, training):
+    model = student()
+    Teacher(model, "initial")
+    model.train(training)
+    next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp")).train(not training)  # modes may be mixed
+    before = snapshot(model)
+    with adapter_state(model, which):
+        assert not any(m.training for m in model.modules())
+    assert same(before, snapshot(model))
+
+
+def test_nested_and_raising_bodies_are_put_back():
+    model = student().train()
+    Teacher(model, "initial")
+    move(model, 4)
+    before, base = snapshot(model), logits(tiny_model())
+
+    def body():
+        with adapter_state(model, "disabled"):
+            assert torch.equal(logits(model), base)
+            with adapter_state(model, "initial"):
+                assert not torch.equal(logits(model), base)
+                with adapter_state(model, "disabled"):
+                    assert torch.equal(logits(model), base)
+            assert torch.equal(logits(model), base)  # the inner exit brought the outer state back
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        body()
+    assert same(before, snapshot(model))
+
+
+def test_modules_trained_whole_are_switched_too():
+    model = student(lora(modules_to_save=["lm_head"]))
+    reference = tiny_model()
+    before = snapshot(model)
+    with adapter_state(model, "disabled"):
+        torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=0)
+    assert same(before, snapshot(model))
+    assert (logits(model) - logits(reference)).abs().max() > 0.1
+
+
+def test_dropout_sleeps_in_the_teacher_and_two_passes_are_equal():
+    model = student(lora(lora_dropout=0.5)).train()
+    assert not torch.equal(logits(model), logits(model))  # dropout is awake in the student
+    for which in ("disabled", "shared", "initial"):
+        teacher = Teacher(model if which != "initial" else student(lora(lora_dropout=0.5)).train(), which)
+        assert torch.equal(teacher_logits(teacher), teacher_logits(teacher))
+
+
+def test_checkpointed_backward_is_the_same_after_a_teacher_pass():
+    """With activation checkpointing the forward runs again in backward: it must meet the student's adapter."""
+
+    def gradients(teacher_first: bool) -> list[torch.Tensor]:
+        model = student().train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        teacher = Teacher(model, "disabled")
+        if teacher_first:
+            teacher_logits(teacher)
+        loss = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.square().mean()
+        if teacher_first:
+            teacher_logits(teacher)  # also between forward and backward
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain, around = gradients(False), gradients(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, around, strict=True))
+    assert sum(g.abs().sum() for g in plain) > 0
+
+
+# ---- initial -------------------------------------------------------------------------------------------------------
+
+
+def test_initial_stays_where_training_started(tmp_path):
+    trainer = run(tmp_path, teacher_adapter="initial")
+    start = teacher_logits(trainer.teacher)
+    torch.testing.assert_close(start, logits(trainer.model.eval()), rtol=0, atol=0)
+    assert (start - logits(tiny_model())).abs().max() > 0.1  # and that is not the base
+    trainer.train()
+    torch.testing.assert_close(teacher_logits(trainer.teacher), start, rtol=0, atol=0)
+    assert (logits(trainer.model.eval()) - start).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("extra", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
+def test_initial_copies_every_kind_of_adapter(extra):
+    model = student(lora(**extra)).eval()
+    start = logits(model)
+    teacher = Teacher(model, "initial")
+    move(model, 5)
+    torch.testing.assert_close(teacher_logits(teacher), start, rtol=0, atol=0)
+    assert (logits(model) - start).abs().max() > 1e-3
+
+
+def test_initial_after_pissa_is_the_original_model():
+    """PiSSA moves a part of the base into the adapter; a second such initialisation would move it again."""
+    model = student(lora(init_lora_weights="pissa"), moved=False).eval()
+    torch.testing.assert_close(teacher_logits(Teacher(model, "initial")), logits(tiny_model()), rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_adapter_changes_nothing_for_the_student():
+    plain, model = student().train(), student().train()
+    before, state = snapshot(model), torch.get_rng_state()
+    Teacher(model, "ema")
+    assert torch.equal(torch.get_rng_state(), state)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [n for n, p in plain.named_parameters() if p.requires_grad]
+    assert model.active_adapter == before["active_adapter"]
+    assert all(m.training for n, m in model.named_modules() if EMA not in n.split("."))
+    torch.testing.assert_close(logits(model.eval()), logits(plain.eval()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", ["initial", "ema"])
+def test_only_the_trained_adapter_is_saved(tmp_path, which):
+    trainer = run(tmp_path, teacher_adapter=which, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        subfolders = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("checkpoint-")]
+        assert not subfolders
+        loaded = PeftModel.from_pretrained(tiny_model(), str(folder)).eval()
+        torch.testing.assert_close(logits(loaded), logits(trainer.model.eval()), rtol=0, atol=0)
+
+
+def test_disabled_warns_when_training_continues_from_an_adapter(tmp_path, caplog):
+    run(tmp_path)
+    assert "teacher_adapter='initial'" in caplog.text
+    caplog.clear()
+    run(tmp_path, model=student(moved=False))
+    assert "initial" not in caplog.text
+
+
+def test_training_starts_from_an_adapter_folder(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    first = get_peft_model(load_base(base, quantization="none", dtype=torch.float32, device="cpu"), lora())
+    move(first, 3)
+    first.save_pretrained(tmp_path / "adapter")
+    trainer = run(tmp_path, str(tmp_path / "adapter"), teacher_adapter="initial", base_quantization="none")
+    torch.testing.assert_close(teacher_logits(trainer.teacher), logits(first.eval()), rtol=0, atol=0)
+
+
+# ---- ema -----------------------------------------------------------------------------------------------------------
+
+
+def dense_products(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """scaling * B @ A of each layer in float64, straight from the parameters."""
+    products = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and adapter in module.lora_A:
+            b, a = module.lora_B[adapter].weight.double(), module.lora_A[adapter].weight.double()
+            products[name] = module.scaling[adapter] * b @ a
+    return products
+
+
+def relative(a: dict, b: dict) -> float:
+    return max(((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-12)).item() for k in b)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 11}, "rank_pattern": {"v_proj": 3}}]
+)
+def test_ema_equals_the_dense_average_of_products(extra):
+    model, decay = student(lora(**extra)), 0.8
+    teacher = Teacher(model, "ema", ema_decay=decay)
+    dense = dense_products(model, STUDENT)
+    assert len(dense) == 6
+    assert relative(dense_products(model, EMA), dense) < 1e-6  # the correct start
+    factors = {n: p.detach().clone() for n, p in adapter_tensors(model, STUDENT).items()}  # what one must not do
+    for step in range(RANK_FACTOR - 1):  # the start has rank r, each step adds r: exact up to the last of R
+        move(model, 10 + step)
+        now = dense_products(model, STUDENT)
+        dense = {k: decay * dense[k] + (1 - decay) * now[k] for k in dense}
+        assert teacher.average.update() < 1e-10
+        for name, param in adapter_tensors(model, STUDENT).items():
+            factors[name] = decay * factors[name] + (1 - decay) * param.detach()
+    assert relative(dense_products(model, EMA), dense) < 1e-5
+    for name, param in adapter_tensors(model, STUDENT).items():
+        param.data.copy_(factors[name])
+    assert relative(dense_products(model, STUDENT), dense) > 0.05  # averaging A and B apart is something else
+
+
+def test_ema_cuts_the_least_and_says_how_much():
+    model, decay = student(lora(r=1, lora_alpha=2, target_modules=["q_proj"])), 0.5
+    teacher = Teacher(model, "ema", ema_decay=decay)
+    for step in range(3):  # fills all of R
+        move(model, 20 + step, scale=1.0)
+        assert teacher.average.update() < 1e-10
+    for step in range(4):
+        held = dense_products(model, EMA)
+        move(model, 40 + step, scale=1.0)
+        now = dense_products(model, STUDENT)
+        exact = {k: decay * held[k] + (1 - decay) * now[k] for k in held}
+        values = {k: torch.linalg.svdvals(v) for k, v in exact.items()}
+        lost = sum(float((v[RANK_FACTOR:].detach() ** 2).sum()) for v in values.values())
+        total = sum(float((v.detach() ** 2).sum()) for v in values.values())
+        assert teacher.average.update() == pytest.approx(lost / total, rel=1e-3, abs=1e-9)
+        kept = dense_products(model, EMA)
+        error = sum(float((kept[k] - exact[k]).detach().norm() ** 2) for k in exact)
+        assert error == pytest.approx(lost, rel=1e-3, abs=1e-9 * total)  # Eckart-Young: nothing nearer has this rank
+    assert lost > 1e-6 * total
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "rank"), [(7, 3, 5, 2), (3, 9, 4, 8), (31, 5, 2, 5), (6, 4, 6, 4)]
+)
+def test_truncate_is_the_best_approximation(rows, inner, columns, rank):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator)
+    right = torch.randn(inner, columns, generator=generator)
+    new_left, new_right, values = truncate(left, right, rank)
+    assert (new_left.shape, new_right.shape) == ((rows, rank), (rank, columns))
+    u, s, v = torch.linalg.svd(left.double() @ right.double(), full_matrices=False)
+    best = u[:, :rank] * s[:rank] @ v[:rank]
+    torch.testing.assert_close((new_left @ new_right).double(), best, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values[: len(s)].double(), s[: len(values)], rtol=1e-4, atol=1e-4)
+
+
+def test_ema_follows_in_training(tmp_path):
+    trainer = run(tmp_path, teacher_adapter="ema", ema_decay=0.5, max_steps=3)
+    dense = dense_products(trainer.model, STUDENT)
+    seen = []
+
+    class Oracle(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            nonlocal dense
+            now = dense_products(trainer.model, STUDENT)
+            dense = {k: 0.5 * dense[k] + 0.5 * now[k] for k in dense}
+            seen.append(relative(dense_products(trainer.model, EMA), dense))
+
+    trainer.add_callback(Oracle())
+    trainer.train()
+    assert len(seen) == 3
+    assert max(seen) < 1e-5
+    assert all("ema_cut_off" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "Embedding"),
+    ],
+)
+def test_ema_refuses_what_is_no_product(extra, named):
+    with pytest.raises(ConfigError, match=named):
+        Teacher(student(lora(**extra)), "ema")
+
+
+def test_initial_refuses_biases_of_the_base():
+    with pytest.raises(ConfigError, match="bias='lora_only'"):
+        Teacher(student(lora(bias="lora_only")), "initial")
+
+
+@pytest.mark.parametrize("which", ["initial", "ema"])
+def test_second_adapter_survives_a_file(tmp_path, which):
+    model = student()
+    teacher = Teacher(model, which, ema_decay=0.5)
+    if which == "ema":
+        move(model, 7)
+        teacher.average.update()
+    said = teacher_logits(teacher)
+    teacher.save(str(tmp_path / "teacher.safetensors"))
+    other = Teacher(student(seed=99), which)
+    assert not torch.equal(teacher_logits(other), said)
+    other.load(str(tmp_path / "teacher.safetensors"))
+    torch.testing.assert_close(teacher_logits(other), said, rtol=0, atol=0)
+    with pytest.raises(ModelError, match="does not belong"):
+        Teacher(student(lora(r=5)), which).load(str(tmp_path / "teacher.safetensors"))
+
+
+# ---- an adapted head -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("which", "nothing"), [("shared", True), ("initial", True), ("disabled", False)])
+def test_an_adapted_head_answers_with_the_teachers_adapter(tmp_path, which, nothing):
+    """Without PI the teacher that starts at the student says the same, its head included."""
+    rows = [{"messages": row["messages"]} for row in ROWS]
+    model = student(lora(modules_to_save=["lm_head"]))
+    trainer = run(tmp_path, model, rows, teacher_adapter=which, max_steps=1)
+    trainer.train()
+    divergence = trainer.state.log_history[0]["divergence"]
+    assert (abs(divergence) < 1e-6) if nothing else (divergence > 1e-3)
+
+
+# ---- a separate teacher --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_separate_teacher_may_be_wider(tmp_path, quantization):
+    base = save_tiny(tmp_path / "base")
+    wide = save_tiny(tmp_path / "wide", seed=5, hidden_size=96, intermediate_size=160, num_hidden_layers=3)
+    trainer = run(
+        tmp_path, base, teacher_model=wide, share_student_as_teacher=False, base_quantization=quantization, max_steps=1
+    )
+    assert trainer.teacher.separate.config.hidden_size == 96
+    kinds = {type(m).__name__ for m in trainer.teacher.separate.modules()}
+    assert ("Linear4bit" in kinds) == (quantization == "nf4")
+    trainer.train()
+    with trainer.teacher.weights() as teacher, torch.no_grad():
+        row = trainer.last_rows[0]
+        ids = torch.tensor([row.teacher_prompt + row.completion])
+        hidden = teacher(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]  # (T, D), after the last norm
+        expected = hidden[len(row.teacher_prompt) - 1 : -1]
+    torch.testing.assert_close(row.teacher_hidden, expected, rtol=1e-3, atol=1e-3)
+    assert trainer.state.log_history[0]["divergence"] > 0
+    assert any(name.startswith("teacher: ") for name in trainer.frozen.digests)
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    other = tiny_model(vocab_size=VOCAB + 8)
+    with pytest.raises(ModelError, match=rf"{VOCAB + 8}.*{VOCAB}"):
+        run(tmp_path, tiny_model(), teacher_model=other, share_student_as_teacher=False)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused():
+    own, other = byte_tokenizer(), byte_tokenizer()
+    model = tiny_model()
+    check_same_vocabulary(model, model, own, other)
+    vocab = dict(own.get_vocab())
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    swapped = copy.copy(other)
+    swapped.get_vocab = lambda: vocab
+    with pytest.raises(ModelError, match="2 tokens"):
+        check_same_vocabulary(model, model, own, swapped)
+
+
+def test_another_soft_cap_is_refused(tmp_path):
+    teacher = tiny_model("gemma", final_logit_softcapping=30.0)
+    with pytest.raises(ModelError, match=r"caps its logits at 30\.0.*at 5\.0"):
+        run(tmp_path, tiny_model("gemma"), teacher_model=teacher, share_student_as_teacher=False)
+
+
+# ---- proven frozen -------------------------------------------------------------------------------------------------
+
+
+def merge_behind_the_back(step: int):
+    """A callback that merges the adapter into the base and takes it out again, as rollout engines do."""
+
+    class Merge(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step:
+                model.merge_adapter()
+                model.unmerge_adapter()
+
+    return Merge()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_merge_behind_the_trainers_back_is_caught(tmp_path, quantization):
+    base = save_tiny(tmp_path / "base")
+    trainer = run(tmp_path, base, base_quantization=quantization, callbacks=[merge_behind_the_back(1)])
+    with pytest.raises(FrozenBaseError, match=r"at the end of training.*layers\.0\.\w+\.\w+_proj\.weight"):
+        trainer.train()
+
+
+def test_a_merge_is_caught_at_the_next_save(tmp_path):
+    trainer = run(tmp_path, callbacks=[merge_behind_the_back(1)], max_steps=4, save_strategy="steps", save_steps=2)
+    with pytest.raises(FrozenBaseError, match="when saving"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert not list((tmp_path / "out").glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("which", ["disabled", "shared", "initial", "ema"])
+def test_an_honest_run_passes(tmp_path, which):
+    trainer = run(tmp_path, teacher_adapter=which, lmbda=1.0)
+    before = dict(trainer.frozen.digests)
+    trainer.train()
+    assert trainer.frozen.digests == before
+    assert (trainer.frozen.probe is not None) == (which in ("disabled", "initial"))
+
+
+def test_the_frozen_adapter_and_the_separate_teacher_are_covered():
+    model = student()
+    check = FrozenCheck(model, Teacher(model, "initial"))
+    check.verify("now")
+    digest = check.digest
+    next(iter(adapter_tensors(model, INITIAL).values())).data.add_(1)
+    with pytest.raises(FrozenBaseError, match=r"\.initial\."):
+        check.verify("now")
+    assert FrozenCheck(model).digest == digest  # the base's own digest is about the base alone
+
+    other = tiny_model(seed=3).requires_grad_(False)
+    check = FrozenCheck(model, Teacher(model, separate=other))
+    other.model.norm.weight.data[0] += 1e-3
+    with pytest.raises(FrozenBaseError, match=r"teacher: model\.norm\.weight"):
+        check.verify("now")
+
+
+def test_one_flipped_bit_of_a_quantized_base_is_seen(tmp_path):
+    model = get_peft_model(load_base(save_tiny(tmp_path / "m"), quantization="nf4", device="cpu"), lora())
+    check = FrozenCheck(model)
+    weight = model.get_base_model().model.layers[1].mlp.up_proj.weight
+    weight.data.view(-1)[3] ^= 1
+    with pytest.raises(FrozenBaseError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        check.verify("now")
+    weight.data.view(-1)[3] ^= 1
+    check.verify("now")
+    weight.quant_state.absmax.view(torch.uint8)[0] ^= 1
+    with pytest.raises(FrozenBaseError, match=r"up_proj\.weight \(scales\)"):
+        check.verify("now")
+
+
+def test_the_probe_sees_what_no_weight_shows(tmp_path):
+    trainer = run(tmp_path)
+    trainer.frozen.take_probe()
+    trainer.frozen.verify("now", probe=True)
+    hook = trainer.model.get_base_model().model.layers[0].register_forward_hook(lambda m, i, o: o * 1.001)
+    trainer.frozen.verify("now")
+    with pytest.raises(FrozenBaseError, match="no longer says"):
+        trainer.frozen.verify("now", probe=True)
+    hook.remove()
+    trainer.frozen.verify("now", probe=True)
