@@ -1,0 +1,392 @@
+"""Whole optimizer steps: ours against TRL's trainers on the same work, each in its own process.
+
+    python tests/benchmarks/step.py --quick                     # one setting, every trainer
+    python tests/benchmarks/step.py                             # batch 4 and 8, bf16 and NF4, num_generations 4
+    python tests/benchmarks/step.py --model qwen-7b --device cuda --new-tokens 512 --privileged-tokens 1024
+
+Same work: the same prompts, PI where the trainer knows PI (GKDTrainer and DistillationTrainer do not, so they do less),
+exactly `--new-tokens` sampled tokens a row, LoRA r=16 on all linear layers, the same base dtype and quantization (the
+guard of pgkd_peft.model for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to the end
+of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated). One JSON line a
+run is appended to tests/benchmarks/results/step.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "step.jsonl"
+TRAINERS = ("pgkd", "gkd", "gkd-no-checkpointing", "sdft", "distillation")
+SHAPES = {  # Qwen2.5's architecture configs, random weights: speed and memory do not depend on what a model knows
+    "qwen-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "qwen-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="batch 4, bf16, three steps")
+    parser.add_argument("--trainer", nargs="*", default=list(TRAINERS), choices=TRAINERS)
+    parser.add_argument("--model", default="smollm2-135m", choices=["smollm2-135m", *SHAPES])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--batch", type=int, nargs="*", default=[4, 8])
+    parser.add_argument("--quantization", nargs="*", default=["none", "nf4"], choices=["none", "nf4"])
+    parser.add_argument("--generations", type=int, nargs="*", default=[1])
+    parser.add_argument("--prompt-tokens", type=int, default=60)
+    parser.add_argument("--privileged-tokens", type=int, default=300)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--checkpointing", action="store_true", help="ours and SDFT with gradient checkpointing")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(run_one(json.loads(args.one))), flush=True)
+        return
+    if args.quick:
+        args.batch, args.quantization, args.steps = [4], ["none"], 3
+    rows = []
+    for quantization in args.quantization:
+        for batch in args.batch:
+            for generations in args.generations:
+                for trainer in args.trainer:
+                    if generations > 1 and trainer not in ("pgkd", "sdft"):
+                        continue
+                    row = measure(setting(args, trainer, quantization, batch, generations))
+                    rows.append(row)
+                    show(rows)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def setting(args: argparse.Namespace, trainer: str, quantization: str, batch: int, generations: int) -> dict[str, Any]:
+    names = ("model", "device", "prompt_tokens", "privileged_tokens", "new_tokens", "steps", "checkpointing", "threads")
+    return {
+        "trainer": trainer,
+        "quantization": quantization,
+        "batch": batch,
+        "generations": generations,
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one trainer in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        return {
+            **job,
+            "error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}",
+        }
+    return {**job, **json.loads(lines[-1].removeprefix("RESULT "))}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The last row as a table line, with its ratio to ours in the same setting."""
+    row = rows[-1]
+    same = ("quantization", "batch", "generations")
+    ours = [r for r in rows if r["trainer"] == "pgkd" and all(r[k] == row[k] for k in same) and "seconds" in r]
+    if "error" in row:
+        print(f"{row['trainer']:<22} {row['quantization']:<5} batch {row['batch']}  {row['error']}", flush=True)
+        return
+    ratio = row["seconds"] / ours[-1]["seconds"] if ours else 1.0
+    print(
+        f"{row['trainer']:<22} {row['quantization']:<5} batch {row['batch']} x {row['generations']}  "
+        f"{row['seconds']:7.2f} s/step ({ratio:5.1f}x ours)  {row['tokens_per_second']:7.1f} tokens/s  "
+        f"peak {row['peak_mib']:7.0f} MiB  rollout {row['rollout_seconds']:.2f} s",
+        flush=True,
+    )
+
+
+# ---- inside the child process --------------------------------------------------------------------------------------
+
+
+def run_one(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    path = model_path(job["model"])
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, generated = BUILDERS[job["trainer"]](path, job, scratch)
+        ticks = count_steps(trainer)
+        trainer.train()
+        seconds = [later - earlier for earlier, later in itertools.pairwise(ticks)]
+        rows = job["batch"] * job["generations"]
+        median = statistics.median(seconds)
+        result: dict[str, Any] = {
+            "seconds": round(median, 3),
+            "seconds_all": [round(s, 3) for s in seconds],
+            "tokens_per_second": round(rows * job["new_tokens"] / median, 1),
+            "rollout_seconds": round(generated(), 3),
+            "peak_mib": round(peak_mib(job["device"]), 1),
+        }
+        if job["trainer"] == "pgkd":
+            logs = [entry for entry in trainer.state.log_history if "seconds_student" in entry][1:]
+            for phase in ("rollout", "teacher", "student"):
+                values = [entry[f"seconds_{phase}"] for entry in logs]
+                result[f"{phase}_seconds"] = round(statistics.median(values), 3)
+            result["completion_length"] = logs[-1]["completion_length"]
+    return {**result, **environment_of(job)}
+
+
+def environment_of(job: dict[str, Any]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from pgkd_peft.run_info import device_name, git_revision
+
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    return {
+        "machine": device_name(),
+        "versions": {name: version(name) for name in names},
+        "git_revision": git_revision(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def model_path(name: str) -> str:
+    from pgkd_peft.model import cache_dir, demo_model_path
+
+    demo = demo_model_path()
+    if name == "smollm2-135m":
+        return demo
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    target = cache_dir() / f"random-{name}"
+    if not (target / "config.json").is_file():
+        import torch
+
+        heads = {"num_key_value_heads": 4 if name == "qwen-7b" else 2}
+        config = Qwen2Config(vocab_size=152_064, tie_word_embeddings=name != "qwen-7b", **SHAPES[name], **heads)
+        torch.set_default_dtype(torch.bfloat16)
+        model = Qwen2ForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        model.generation_config.eos_token_id = 2
+        AutoTokenizer.from_pretrained(demo).save_pretrained(target)
+        model.save_pretrained(target)
+    return str(target)
+
+
+def texts(job: dict[str, Any], tokenizer: Any) -> list[tuple[str, str]]:
+    """(question, PI) for each prompt of a step: real words, cut to about the asked number of tokens."""
+    words = ["the", "river", "town", "keeps", "a", "record", "of", "each", "winter", "flood", "and", "every", "bridge"]
+
+    def text(start: int, tokens: int) -> str:
+        out = [words[(start + i) % len(words)] for i in range(tokens)]
+        return tokenizer.decode(tokenizer(" ".join(out), add_special_tokens=False)["input_ids"][:tokens])
+
+    overhead = 35  # the template's own turns
+    count = job["batch"] * job["steps"]
+    return [
+        (f"{i}. " + text(i, job["prompt_tokens"] - overhead), text(i, job["privileged_tokens"])) for i in range(count)
+    ]
+
+
+def common(job: dict[str, Any], scratch: str) -> dict[str, Any]:
+    return {
+        "output_dir": scratch,
+        "max_steps": job["steps"],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "learning_rate": 1e-5,
+        "use_cpu": job["device"] == "cpu",
+    }
+
+
+def base_model(path: str, job: dict[str, Any]) -> Any:
+    from pgkd_peft.model import load_base
+
+    return load_base(path, quantization=job["quantization"], device=job["device"])
+
+
+def timed_generate(trainer: Any, steps: int) -> Any:
+    """Seconds a step that a TRL trainer spends in `generate`, the first call left out."""
+    spent: list[float] = []
+    for model in {id(m): m for m in (trainer.model, trainer.model.get_base_model())}.values():
+        inner = model.generate
+
+        def generate(*args: Any, _inner: Any = inner, _outer: bool = model is trainer.model, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = _inner(*args, **kwargs)
+            if _outer:
+                spent.append(time.perf_counter() - start)
+            return out
+
+        model.generate = generate
+    return lambda: sum(spent[1:]) / max(1, steps - 1)
+
+
+def build_pgkd(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
+    from datasets import Dataset
+
+    from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
+    from pgkd_peft.model import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    rows = [
+        {"messages": [{"role": "user", "content": q}], "privileged_messages": [{"role": "user", "content": pi}]}
+        for q, pi in texts(job, tokenizer)
+    ]
+    args = PrivilegedGKDConfig(
+        **common(job, scratch),
+        lmbda=1.0,
+        temperature=1.0,
+        per_device_train_batch_size=job["batch"],
+        num_generations=job["generations"],
+        max_new_tokens=job["new_tokens"],
+        max_privileged_length=job["privileged_tokens"],
+        gradient_checkpointing=job["checkpointing"],
+        base_quantization=job["quantization"],
+    )
+    trainer = PrivilegedSelfDistillTrainer(model=path, args=args, train_dataset=Dataset.from_list(rows))
+    trainer.stop_ids = []  # every row samples exactly max_new_tokens
+    return trainer, lambda: 0.0
+
+
+def build_gkd(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    from pgkd_peft.model import default_lora, load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Yes."}]}
+        for q, _ in texts(job, tokenizer)
+    ]
+    extra = {"gradient_checkpointing": False} if job["trainer"] == "gkd-no-checkpointing" else {}
+    args = GKDConfig(
+        **common(job, scratch),
+        lmbda=1.0,
+        temperature=0.99,  # 1.0 only prints advice
+        per_device_train_batch_size=job["batch"],
+        max_new_tokens=job["new_tokens"],
+        max_length=1024 + job["privileged_tokens"],
+        **extra,
+    )
+    trainer = GKDTrainer(
+        model=base_model(path, job),
+        teacher_model=base_model(path, job),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=default_lora(),
+    )
+    trainer.generation_config.min_new_tokens = job["new_tokens"]
+    trainer.generation_kwargs["min_new_tokens"] = job["new_tokens"]
+    return trainer, timed_generate(trainer, job["steps"])
+
+
+def build_sdft(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    from pgkd_peft.model import default_lora, load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    rows = [{"prompt": [{"role": "user", "content": q}], "privileged_context": pi} for q, pi in texts(job, tokenizer)]
+    args = SDFTConfig(
+        **common(job, scratch),
+        per_device_train_batch_size=job["batch"],
+        gradient_accumulation_steps=job["generations"],  # batch prompts x generations rows a step, `batch` at a time
+        num_generations=job["generations"],
+        max_completion_length=job["new_tokens"],
+        max_prompt_length=None,
+        temperature=1.0,
+        teacher_model_kind="base",
+        distillation_mode="full_logits",
+        gradient_checkpointing=job["checkpointing"],
+        generation_kwargs={"min_new_tokens": job["new_tokens"]},
+    )
+    trainer = SDFTTrainer(
+        model=base_model(path, job),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=default_lora(),
+    )
+    return trainer, timed_generate(trainer, job["steps"])
+
+
+def build_distillation(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    from pgkd_peft.model import default_lora, load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    rows = [{"prompt": [{"role": "user", "content": q}]} for q, _ in texts(job, tokenizer)]
+    args = DistillationConfig(
+        **common(job, scratch),
+        per_device_train_batch_size=job["batch"],
+        max_completion_length=job["new_tokens"],
+        temperature=1.0,
+        beta=0.5,
+        gradient_checkpointing=job["checkpointing"],
+        generation_kwargs={"min_new_tokens": job["new_tokens"]},
+    )
+    trainer = DistillationTrainer(
+        model=base_model(path, job),
+        teacher_model=base_model(path, job),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=default_lora(),
+    )
+    return trainer, timed_generate(trainer, job["steps"])
+
+
+BUILDERS = {
+    "pgkd": build_pgkd,
+    "gkd": build_gkd,
+    "gkd-no-checkpointing": build_gkd,
+    "sdft": build_sdft,
+    "distillation": build_distillation,
+}
+
+
+def count_steps(trainer: Any) -> list[float]:
+    """The times at which optimizer steps end."""
+    from transformers import TrainerCallback
+
+    ticks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ticks.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    return ticks
+
+
+def peak_mib(device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
