@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from .errors import ConfigError, DataError, ModelError
-from .messages import check_unicode, kind_of, parse_messages, parse_privileged, parse_template_kwargs, parse_tools
+from .messages import check_unicode, parse_row
 
 PLACEMENTS = ("messages", "user", "system")
 
@@ -116,36 +116,25 @@ class ContextBuilder:
         self.placement, self.placement_note = self._probe_placement(privileged_placement)
         self._default_systems: dict[str, str] = {}
 
-    def build(self, row: Mapping[str, Any]) -> Contexts:
+    def build(self, row: Any) -> Contexts:
         """Parse a row, cut its PI to the budget and place it.
 
         Raises:
             DataError: the row cannot be used; the message names the field and the fix, not the row's number.
         """
-        if not isinstance(row, Mapping):
-            raise DataError(f"a row must be a dict of columns, this one is {kind_of(row)}")
-        if row.get("messages") is None:
-            columns = ", ".join(str(column) for column in row) or "none"
-            raise DataError(f"no `messages` (columns: {columns}); give a list of messages, or map your columns to it")
-        messages = [self._with_arguments(message) for message in parse_messages(row["messages"], "messages")]
-        privileged = parse_privileged(row.get(self.privileged_key), self.privileged_key)
-        answer = messages.pop() if messages[-1]["role"] == "assistant" else None
-        if answer is not None and not answer["content"].strip() and not answer.get("tool_calls"):
-            answer = None
-        if not any(message["role"] == "user" for message in messages):
-            raise DataError("`messages` has no user turn before the answer; there is nothing to answer")
-        privileged, kept, cut = self._cut_to_budget(privileged)
-        kwargs = parse_template_kwargs(row, "chat_template_kwargs")
-        teacher_kwargs = {**kwargs, **parse_template_kwargs(row, "teacher_chat_template_kwargs")}
+        parsed = parse_row(row, self.privileged_key)
+        student = [self._with_arguments(message) for message in parsed.messages]
+        privileged, kept, cut = self._cut_to_budget(parsed.privileged)
+        teacher_kwargs = parsed.teacher_chat_template_kwargs
         return Contexts(
-            student=messages,
-            teacher=self._place(messages, privileged, teacher_kwargs) if privileged else messages,
-            answer=answer,
+            student=student,
+            teacher=self._place(student, privileged, teacher_kwargs) if privileged else student,
+            answer=None if parsed.answer is None else self._with_arguments(parsed.answer),
             privileged=privileged,
             privileged_tokens=kept,
             privileged_tokens_cut=cut,
-            tools=parse_tools(row.get("tools")),
-            chat_template_kwargs=kwargs,
+            tools=parsed.tools,
+            chat_template_kwargs=parsed.chat_template_kwargs,
             teacher_chat_template_kwargs=teacher_kwargs,
         )
 

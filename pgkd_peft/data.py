@@ -19,7 +19,19 @@ from .collator import DataCollatorForPrivilegedGKD, RowTooLongError
 from .columns import ColumnMap
 from .context import Contexts
 from .errors import DataError
-from .readers import SUFFIXES, encode_column, files_of_split, first_line, listing, ranges, read_files
+from .messages import parse_row
+from .readers import (
+    SUFFIXES,
+    BrokenRow,
+    encode_column,
+    files_of_split,
+    first_line,
+    listing,
+    ranges,
+    read_parquet,
+    read_rows,
+    to_dataset,
+)
 
 COLUMNS = ("messages", "tools", "chat_template_kwargs", "teacher_chat_template_kwargs")
 """The columns that are read from a row, beside the PI column."""
@@ -52,7 +64,7 @@ def load_rows(
     where = str(path_or_name)
     path = Path(where).expanduser()
     if path.exists():
-        dataset = _load_local(path, split)
+        dataset = _load_local(path, split, None if columns else privileged_key)
     elif path.suffix.lower() in SUFFIXES or where.startswith((".", "/", "~")):
         raise DataError(f"{where}: no such file or directory{_near_file(path)}")
     else:
@@ -96,18 +108,18 @@ def map_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
     return dataset
 
 
-def _load_local(path: Path, split: str) -> Dataset:
+def _load_local(path: Path, split: str, privileged_key: str | None) -> Dataset:
     base = split.partition("[")[0]
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
         if base != "train":
             raise DataError(f"{path} is one file, so its only split is `train`; asked for was {split!r}")
-        dataset = read_files([path])
+        dataset = _read_files([path], privileged_key)
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         dataset = _load_saved(path, base)
     else:
-        dataset = read_files(files_of_split(path, base))
+        dataset = _read_files(files_of_split(path, base), privileged_key)
     if base == split:
         return dataset
     try:
@@ -115,6 +127,24 @@ def _load_local(path: Path, split: str) -> Dataset:
     except (ValueError, AssertionError) as error:
         raise DataError(f"split {split!r} cannot be read: {error}; write it like train[:100] or train[10%:]") from error
     return dataset.select(range(part.from_ or 0, len(dataset) if part.to is None else part.to))
+
+
+def _read_files(files: list[Path], privileged_key: str | None) -> Dataset:
+    """The rows of data files; where some cannot be read, one report on these and (unless columns are yet to be mapped:
+    `privileged_key` None) on the rows whose fields are wrong."""
+    if files[0].suffix.lower() == ".parquet":
+        return read_parquet(files)
+    rows = [row for path in files for row in read_rows(path)]
+    faults = {i: str(row) for i, row in enumerate(rows) if isinstance(row, BrokenRow)}
+    if not faults:
+        return to_dataset(rows)
+    for i, row in enumerate(rows):
+        if i not in faults and privileged_key is not None:
+            try:
+                parse_row(row, privileged_key)
+            except DataError as error:
+                faults[i] = str(error)
+    raise bad_rows_error(faults, len(rows))
 
 
 def _load_saved(path: Path, split: str) -> Dataset:

@@ -10,6 +10,7 @@ import difflib
 import json
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import DataError
@@ -23,6 +24,46 @@ _RESERVED_KWARGS = {
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
     *("return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """A row's clean fields: the conversation up to the answer, the answer (None: prompt-only), PI, template input."""
+
+    messages: list[dict[str, Any]]
+    answer: dict[str, Any] | None
+    privileged: list[dict[str, Any]]
+    tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any]
+    teacher_chat_template_kwargs: dict[str, Any]
+
+
+def parse_row(row: Any, privileged_key: str) -> ParsedRow:
+    """Everything about a row that can be checked without a tokenizer.
+
+    Raises:
+        DataError: names the field at fault and the fix.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be a dict of columns, this one is {kind_of(row)}")
+    if row.get("messages") is None:
+        columns = ", ".join(str(column) for column in row) or "none"
+        raise DataError(f"no `messages` (columns: {columns}); give a list of messages, or map your columns to it")
+    messages = parse_messages(row["messages"], "messages")
+    answer = messages.pop() if messages[-1]["role"] == "assistant" else None
+    if answer is not None and not answer["content"].strip() and "tool_calls" not in answer:
+        answer = None
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError("`messages` has no user turn before the answer; there is nothing to answer")
+    kwargs = parse_template_kwargs(row, "chat_template_kwargs")
+    return ParsedRow(
+        messages=messages,
+        answer=answer,
+        privileged=parse_privileged(row.get(privileged_key), privileged_key),
+        tools=parse_tools(row.get("tools")),
+        chat_template_kwargs=kwargs,
+        teacher_chat_template_kwargs={**kwargs, **parse_template_kwargs(row, "teacher_chat_template_kwargs")},
+    )
 
 
 def parse_messages(value: Any, field: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, Json, Value
 from .errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_BOM = b"\xef\xbb\xbf"
 _SPLIT_NAMES = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -74,14 +75,19 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def read_files(files: list[Path]) -> Dataset:
-    if files[0].suffix.lower() == ".parquet":
-        return _read_parquet(files)
-    rows = [row for path in files for row in _READERS[path.suffix.lower()](path)]
-    return to_dataset(rows)
+class BrokenRow(str):
+    """What is wrong with a row that could not be read, in its place among the rows."""
 
 
-def _read_parquet(files: list[Path]) -> Dataset:
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON or CSV file: dicts, and a :class:`BrokenRow` for each that is none."""
+    rows = _READERS[path.suffix.lower()](path)
+    if not rows:
+        raise DataError(f"{path} is empty; it must hold at least one row")
+    return rows
+
+
+def read_parquet(files: list[Path]) -> Dataset:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -98,28 +104,26 @@ def _read_parquet(files: list[Path]) -> Dataset:
         raise DataError(f"the columns of {names} do not fit together: {first_line(error)}") from error
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    faults: dict[int, str] = {}
+def _read_jsonl(path: Path) -> list[Any]:
+    rows: list[Any] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
+            line = line.removeprefix(_BOM).strip()
+            if not line:
                 continue
             try:
-                rows.append(_json_object(line.strip()))
+                row = _object(json.loads(line.decode("utf-8")), check_unicode=b"\\u" in line)
             except (ValueError, RecursionError) as error:
-                faults[number] = first_line(error)
-    if faults:
-        raise DataError(f"{path}: {len(faults)} broken line(s):\n{listing(faults, 20, 'line')}")
-    return _not_empty(rows, path)
+                row = BrokenRow(first_line(error))
+            rows.append(BrokenRow(f"{path.name} line {number}: {row}") if isinstance(row, BrokenRow) else row)
+    return rows
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
-        return _not_empty([], path)
-    first = data.lstrip().split(b"\n", 1)[0]
+def _read_json(path: Path) -> list[Any]:
+    data = path.read_bytes().removeprefix(_BOM).strip()
+    if not data:
+        return []
+    first = data.split(b"\n", 1)[0]
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -128,25 +132,19 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             raise DataError(f"{path}: broken JSON: {first_line(error)}") from error
         return _read_jsonl(path)  # one object a line, under another name
-    if isinstance(value, dict) and b"\n" not in data.strip():
+    if isinstance(value, dict) and first == data:
         return _read_jsonl(path)
     if not isinstance(value, list):
         raise DataError(f"{path} holds a {type(value).__name__}; a .json file must be a list of rows (or .jsonl lines)")
-    faults = {i: f"a {type(row).__name__}, not an object" for i, row in enumerate(value) if not isinstance(row, dict)}
-    for i, row in enumerate(value):
-        if i not in faults and not _encodable(row):
-            faults[i] = "has a lone surrogate, which is not valid Unicode"
-    if faults:
-        raise DataError(f"{path}: {len(faults)} broken row(s):\n{listing(faults, 20, 'row')}", tuple(faults))
-    return _not_empty(value, path)
+    rows = [_object(row) for row in value]
+    return [BrokenRow(f"{path.name}: {row}") if isinstance(row, BrokenRow) else row for row in rows]
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
-    row = json.loads(line.decode("utf-8"))
+def _object(row: Any, check_unicode: bool = True) -> Any:
     if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object")
-    if b"\\u" in line and not _encodable(row):
-        raise ValueError("has a lone surrogate, which is not valid Unicode")
+        return BrokenRow(f"{type(row).__name__}, not an object")
+    if check_unicode and not _encodable(row):
+        return BrokenRow("has a lone surrogate, which is not valid Unicode")
     return row
 
 
@@ -158,12 +156,11 @@ def _encodable(value: Any) -> bool:
     return True
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
+def _read_csv(path: Path) -> list[Any]:
     """All values as text (so 007 stays 007); an empty cell is None."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     limit = csv.field_size_limit(2**31 - 1)
-    rows: list[dict[str, Any]] = []
-    faults: dict[int, str] = {}
+    rows: list[Any] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -172,33 +169,26 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: the header names a column twice: {', '.join(header)}")
             for cells in lines:
-                if len(cells) != len(header):
-                    faults[reader.line_num] = f"{len(cells)} cells, the header has {len(header)}"
-                else:
+                where = f"{path.name} line {reader.line_num}"
+                if len(cells) == len(header):
                     rows.append({name: cell or None for name, cell in zip(header, cells)})
+                else:
+                    rows.append(BrokenRow(f"{where}: {len(cells)} cells, the header has {len(header)}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error
-    except csv.Error as error:
-        faults[reader.line_num] = str(error)
+    except csv.Error as error:  # the reader does not know where the next row starts
+        rows.append(BrokenRow(f"{path.name} line {reader.line_num}: {error} (and nothing after it was read)"))
     finally:
         csv.field_size_limit(limit)
-    if faults:
-        raise DataError(f"{path}: {len(faults)} broken line(s):\n{listing(faults, 20, 'line')}")
-    return _not_empty(rows, path)
+    return rows
 
 
-_READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path], list[Any]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
 }
-
-
-def _not_empty(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    if not rows:
-        raise DataError(f"{path} is empty; it must hold at least one row")
-    return rows
 
 
 def listing(faults: Mapping[int, str], limit: int, noun: str) -> str:

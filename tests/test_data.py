@@ -188,13 +188,29 @@ def test_all_broken_lines_of_a_jsonl_file_are_listed(tmp_path):
     ]
     (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines))
     message = fails(DataError, load_rows, tmp_path / "b.jsonl")
-    assert "b.jsonl: 5 broken line(s):" in message
-    assert "line 2: Expecting value (column 15)" in message
-    assert "line 5: a list, not an object" in message
-    assert "line 6: 'utf-8' codec can't decode byte 0xff" in message
-    assert "line 7: has a lone surrogate" in message
-    assert "line 8: " in message
+    assert "5 of 8 rows cannot be used (row numbers start at 0)" in message
+    assert "row 1: b.jsonl line 2: Expecting value (column 15)" in message
+    assert "row 3: b.jsonl line 5: list, not an object" in message
+    assert "row 4: b.jsonl line 6: 'utf-8' codec can't decode byte 0xff" in message
+    assert "row 5: b.jsonl line 7: has a lone surrogate" in message
+    assert "row 6: b.jsonl line 8: " in message
     assert len(message.splitlines()) == 6
+
+
+def test_broken_lines_and_malformed_rows_are_in_one_report(tmp_path):
+    good = json.dumps(ROWS[0])
+    bad = json.dumps({"messages": [{"role": "bot", "content": "x"}]})
+    (tmp_path / "b.jsonl").write_text("\n".join([good, "{", bad, good, '{"messages": []}']))
+    with pytest.raises(DataError) as error:
+        load_rows(tmp_path / "b.jsonl")
+    assert error.value.rows == (1, 2, 4)
+    message = str(error.value)
+    assert "row 1: b.jsonl line 2: Expecting property name" in message
+    assert "row 2: messages[0] has role 'bot'" in message
+    assert "row 4: `messages` is empty" in message
+    with pytest.raises(DataError) as error:  # before mapping, no row is malformed
+        load_rows(tmp_path / "b.jsonl", columns=QA_COLUMNS)
+    assert error.value.rows == (1,)
 
 
 def test_broken_json_and_csv_files(tmp_path):
@@ -202,14 +218,14 @@ def test_broken_json_and_csv_files(tmp_path):
     assert "broken JSON: Expecting value: line 3 column 15" in fails(DataError, load_rows, tmp_path / "b.json")
     (tmp_path / "c.json").write_text('[{"messages": []}, 5, "x"]')
     message = fails(DataError, load_rows, tmp_path / "c.json")
-    assert "row 1: a int, not an object" in message
-    assert "row 2: a str, not an object" in message
+    assert "row 1: c.json: int, not an object" in message
+    assert "row 2: c.json: str, not an object" in message
     (tmp_path / "d.json").write_text('{\n"data": []\n}')
     assert "holds a dict; a .json file must be a list of rows" in fails(DataError, load_rows, tmp_path / "d.json")
     (tmp_path / "e.csv").write_text("a,b\n1,2\n1,2,3\n1\n")
     message = fails(DataError, load_rows, tmp_path / "e.csv")
-    assert "line 3: 3 cells, the header has 2" in message
-    assert "line 4: 1 cells, the header has 2" in message
+    assert "row 1: e.csv line 3: 3 cells, the header has 2" in message
+    assert "row 2: e.csv line 4: 1 cells, the header has 2" in message
     (tmp_path / "f.csv").write_text("a,a\n1,2\n")
     assert "names a column twice" in fails(DataError, load_rows, tmp_path / "f.csv")
     (tmp_path / "g.csv").write_bytes(b"a,b\n\xff,2\n")
