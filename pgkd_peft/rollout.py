@@ -223,9 +223,9 @@ class MergedCopy:
         self.pairs: list[tuple[LoraLayer, nn.Linear]] = []
         for name, source in _linears(base):
             inner = source.get_base_layer() if isinstance(source, LoraLayer) else source
-            linear = nn.Linear(
-                inner.in_features, inner.out_features, bias=False, device=inner.weight.device, dtype=dtype
-            )
+            # without initial values: drawing them would use up random numbers that a resumed run does not draw
+            shape = (inner.in_features, inner.out_features)
+            linear = nn.utils.skip_init(nn.Linear, *shape, bias=False, device=inner.weight.device, dtype=dtype)
             linear.bias = inner.bias
             if isinstance(source, LoraLayer):
                 self.pairs.append((source, linear))
