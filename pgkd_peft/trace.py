@@ -1,0 +1,147 @@
+"""Rollouts under the lens: at every completion token the divergence, and what teacher and student would have said.
+
+Shapes: N completion tokens of one row, V vocabulary, K kept candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .divergence import linear_jsd
+from .scoring import Row, score_teacher
+from .teacher import adapter_state
+from .token_text import decode, token_texts
+
+if TYPE_CHECKING:
+    from .assemble import Head
+    from .trainer import PrivilegedSelfDistillTrainer
+
+TRACE_FILE = "traces.jsonl"
+TOP = 5
+
+
+def trace_rows(trainer: PrivilegedSelfDistillTrainer, rows: Sequence[Row], *, top: int = TOP) -> list[dict[str, Any]]:
+    """What happens at each completion token of `rows`, with the weights as they are now.
+
+    Costs one forward without gradient of the student and one of the teacher over these rows, and the head over their
+    completion tokens, in chunks of ``loss_chunk_mib``.
+
+    Returns:
+        One dict of plain JSON types a row: ``prompt``, ``teacher_prompt`` (text, special tokens visible),
+        ``has_privileged``, ``truncated``, ``generated``, and lists with one entry a completion token: ``tokens``
+        (text), ``divergence`` (nats, as the loss measures it, but never clipped), ``in_loss``, ``student_p`` and
+        ``teacher_p`` (probability of the token), ``student_top`` and ``teacher_top`` (the `top` likeliest tokens as
+        [text, probability]).
+    """
+    tokenizer = trainer.processing_class
+    records = []
+    for row, (student, teacher) in zip(rows, hidden_of_both(trainer, rows)):
+        divergence = token_divergence(trainer, student, teacher, beta=trainer.beta)
+        student_p, student_top = _candidates(trainer, student, trainer.head, row.completion, top)
+        teacher_p, teacher_top = _candidates(trainer, teacher, trainer.teacher_head, row.completion, top)
+        kept = set(range(len(row.completion))[row.keep])
+        records.append(
+            {
+                "prompt": decode(tokenizer, row.prompt),
+                "teacher_prompt": decode(tokenizer, row.teacher_prompt),
+                "has_privileged": row.has_privileged,
+                "truncated": row.truncated,
+                "generated": row.generated,
+                "tokens": token_texts(tokenizer, row.completion),
+                "divergence": [round(value, 5) for value in divergence.tolist()],
+                "in_loss": [i in kept for i in range(len(row.completion))],
+                "student_p": student_p,
+                "teacher_p": teacher_p,
+                "student_top": student_top,
+                "teacher_top": teacher_top,
+            }
+        )
+    return records
+
+
+@torch.no_grad()
+def hidden_of_both(
+    trainer: PrivilegedSelfDistillTrainer, rows: Sequence[Row]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The student's and the teacher's hidden states (N, D) at every completion token of each row."""
+    own = [dataclasses.replace(row, teacher_prompt=row.prompt, keep=slice(None), teacher_hidden=None) for row in rows]
+    better = [dataclasses.replace(row, keep=slice(None), teacher_hidden=None) for row in rows]
+    with adapter_state(trainer.model, "shared") as student:
+        score_teacher(student, own, trainer.pad_id)
+    with trainer.teacher.weights() as teacher:
+        score_teacher(teacher, better, trainer.pad_id)
+    hidden = []
+    for a, b in zip(own, better):
+        assert a.teacher_hidden is not None
+        assert b.teacher_hidden is not None
+        hidden.append((a.teacher_hidden, b.teacher_hidden))
+    return hidden
+
+
+@torch.no_grad()
+def token_divergence(
+    trainer: PrivilegedSelfDistillTrainer, student: torch.Tensor, teacher: torch.Tensor, *, beta: float
+) -> torch.Tensor:
+    """The loss's divergence (N,) in nats, without its clip; `beta` 0 is KL(teacher || student)."""
+    args, head, teacher_head = trainer.args, trainer.head, trainer.teacher_head
+    return linear_jsd(
+        student,
+        teacher * (teacher_head.scale / head.scale),
+        head.weight,
+        head_bias=head.bias,
+        teacher_head_weight=teacher_head.weight,
+        teacher_head_bias=teacher_head.bias,
+        beta=beta,
+        temperature=args.loss_temperature,
+        normalize=args.normalize_beta,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+        top_k=args.loss_top_k,
+        chunk_mib=args.loss_chunk_mib,
+    ).divergence.detach()
+
+
+@torch.no_grad()
+def _candidates(
+    trainer: PrivilegedSelfDistillTrainer, hidden: torch.Tensor, head: Head, completion: list[int], top: int
+) -> tuple[list[float], list[list[list[Any]]]]:
+    """Each token's own probability, and the likeliest tokens there as [text, probability]."""
+    own: list[float] = []
+    likeliest: list[list[list[Any]]] = []
+    vocabulary = head.weight.shape[0] if isinstance(head.weight, torch.Tensor) else 2**17
+    rows = max(1, int(trainer.args.loss_chunk_mib * 2**20 // (vocabulary * 8)))
+    for start in range(0, len(hidden), rows):
+        chunk = hidden[start : start + rows]
+        probs = torch.softmax(head_logits(head, chunk) / trainer.args.loss_temperature, dim=-1)  # (chunk, V)
+        ids = torch.tensor(completion[start : start + rows], device=probs.device)
+        own += [round(p, 5) for p in probs.gather(1, ids[:, None]).squeeze(1).tolist()]
+        values, index = probs.topk(min(top, probs.shape[-1]), dim=-1)  # (chunk, K)
+        for row_values, row_index in zip(values.tolist(), index.tolist()):
+            texts = [decode(trainer.processing_class, [i]) for i in row_index]
+            likeliest.append([[text, round(p, 5)] for text, p in zip(texts, row_values)])
+    return own, likeliest
+
+
+def head_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's logits (N, V) in fp32, with its own scale and soft cap."""
+    if isinstance(head.weight, torch.Tensor):
+        logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    else:
+        logits = head.weight(hidden).float()
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def append_traces(folder: str | os.PathLike, records: Iterable[dict[str, Any]], step: int) -> None:
+    """Add records to the run folder's ``traces.jsonl``, each with its step."""
+    path = Path(folder) / TRACE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records)
