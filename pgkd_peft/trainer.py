@@ -181,6 +181,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
         if separate is None:  # TRL prepared the teacher; this one is the student and is prepared when training starts
             self.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
             self.accelerator._models.clear()
+            student._is_accelerate_prepared = False  # else training gets neither DDP nor autocast
         else:
             self.teacher.separate = self.teacher_model
         refuse_sharding(self.accelerator)
