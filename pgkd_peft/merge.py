@@ -142,7 +142,7 @@ def merge_adapter(
     _publish(folder, target)
     log(f"Wrote {target}")
     if push_to_hub:
-        log(f"Pushed to {publish.push_folder(target, push_to_hub, 'Upload the merged model')}")
+        log(f"Pushed to {publish.push(target, push_to_hub)}")
     return report
 
 

@@ -174,9 +174,14 @@ def _write_config(weights: MergedWeights, folder: Path, dtype: str) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def tokenizer_folder(run: AdapterRun) -> Path:
+    """Where the tokenizer and chat template are that the run saved, else those of the base."""
+    folders = [folder for folder in (run.folder, run.run_folder) if folder is not None]
+    return next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), run.base)
+
+
 def copy_tokenizer(run: AdapterRun, folder: Path) -> None:
-    """The tokenizer and chat template that the run saved, else those of the base."""
-    sources = [p for p in (run.folder, run.run_folder, run.base) if p and (p / "tokenizer_config.json").is_file()]
+    source = tokenizer_folder(run)
     for name in TOKENIZER_FILES:
-        if sources and (sources[0] / name).is_file():
-            shutil.copyfile(sources[0] / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

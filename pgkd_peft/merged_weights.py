@@ -65,6 +65,7 @@ class MergedWeights:
 
     Attributes:
         config: of the base, without its quantization settings.
+        layers, overrides: the adapter's layers by module name, and the weights it replaces by parameter name.
         untied: the adapter made input embedding and head, which the base ties, differ; the merged model keeps both.
 
     Raises:
@@ -97,7 +98,7 @@ class MergedWeights:
         self._in_float32 = _kept_in_float32(model, run.dtype)
         self._tied = _tied_pair(model)
         prefix = model.base_model_prefix
-        self._layers, self._overrides = _adapter_parts(model, run)
+        self.layers, self.overrides = _adapter_parts(model, run)
         self._name_of = self._match_names(prefix)
         self._key_of = {name: key for key, name in self._name_of.items()}
         self.untied = self._embedding_and_head_differ()
@@ -125,7 +126,7 @@ class MergedWeights:
         if name is None:
             return MergedTensor(key, base, base)
         module, _, kind = name.rpartition(".")
-        layer, override = self._layers.get(module), self._overrides.get(name)
+        layer, override = self.layers.get(module), self.overrides.get(name)
         lora_bias = _lora_bias(layer) if layer is not None and kind == "bias" else None
         if kind == "bias" and lora_bias is None:
             layer = None
@@ -164,7 +165,7 @@ class MergedWeights:
                 if name in self._shape_of:
                     found[key] = name
                     break
-        needed = {f"{module}.weight" for module in (*self._layers, *self._quantized)} | set(self._overrides)
+        needed = {f"{module}.weight" for module in (*self.layers, *self._quantized)} | set(self.overrides)
         if self._tied:
             needed = {self._tied[0] if name == self._tied[1] else name for name in needed}
         missing = sorted(needed - set(found.values()))
@@ -185,7 +186,7 @@ class MergedWeights:
     def _embedding_and_head_differ(self) -> bool:
         if self._tied is None:
             return False
-        touched = [n for n in self._tied if n.rpartition(".")[0] in self._layers or n in self._overrides]
+        touched = [n for n in self._tied if n.rpartition(".")[0] in self.layers or n in self.overrides]
         if not touched:
             return False
         embedding, head = (self._tensor(name, name).merged for name in self._tied)

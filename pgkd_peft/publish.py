@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from .adapter_run import AdapterRun
 from .errors import ConfigError
@@ -92,19 +92,56 @@ def table(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def push_folder(folder: Path, repo_id: str, message: str) -> str:
-    """Upload every file of `folder` to the model repository `repo_id` (made if it is missing); returns its address.
+def adapter_card(run: AdapterRun, identity: str) -> str:
+    """The README.md of a published adapter: what it is, what it reached, how it was trained, how to load it."""
+    dtype = f"torch.{str(run.compute_dtype).removeprefix('torch.')}"
+    quantization = {
+        "none": "",
+        "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+        "nf4": "quantization_config=BitsAndBytesConfig(\n        load_in_4bit=True,\n"
+        '        bnb_4bit_quant_type="nf4",\n        bnb_4bit_use_double_quant=True,\n'
+        f"        bnb_4bit_compute_dtype={dtype},\n    )",
+    }[run.quantization]
+    return f"""\
+{front_matter(identity, library_name="peft", tags=["pgkd", "lora", f"base_model:adapter:{identity}"])}
+# {run.folder.name}
+
+A LoRA adapter for `{identity}`, trained by privileged self-distillation: from the plain prompt the model answers as it
+did when it was given additional information. The licence is that of the base model.
+{training_section(run)}
+## Use
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer{", BitsAndBytesConfig" if quantization else ""}
+
+base = AutoModelForCausalLM.from_pretrained(
+    "{identity}",
+    dtype={dtype},{f"{chr(10)}    {quantization}," if quantization else ""}
+)
+model = PeftModel.from_pretrained(base, "THIS_ADAPTER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_ADAPTER")
+```
+"""
+
+
+def push(path: Path, repo_id: str) -> str:
+    """Upload a folder, or one file, to the model repository `repo_id` (made if it is missing); returns its address.
 
     Raises:
         ConfigError: a malformed id, no permission, or no connection.
     """
     api = HfApi()
+    folder, only = (path, None) if path.is_dir() else (path.parent, [path.name])
     try:
         repo = api.create_repo(repo_id, repo_type="model", exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        api.upload_folder(
+            repo_id=repo.repo_id, folder_path=folder, allow_patterns=only, commit_message=f"Upload {path.name}"
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise ConfigError(
-            f"--push-to-hub {repo_id}: {first_line(error)} The result stays in {folder}; log in with `hf auth login` "
+            f"--push-to-hub {repo_id}: {first_line(error)} The result stays in {path}; log in with `hf auth login` "
             "and check that you may write to that repository."
         ) from error
     return str(repo)
