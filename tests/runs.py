@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -49,10 +50,11 @@ def make_trainer(base: str, out: str, *, settings: dict[str, Any] | None = None,
 
     torch.set_num_threads(1)
     settings = {**SETTINGS, "output_dir": out, **(settings or {})}
+    dropout, only = settings.pop("_dropout", 0.2), settings.pop("_rows", None)
     lora = LoraConfig(
-        r=2, lora_alpha=8, lora_dropout=0.2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+        r=2, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
     )
-    kwargs.setdefault("train_dataset", rows())
+    kwargs.setdefault("train_dataset", rows() if only is None else [rows()[i] for i in only])
     if model is None:
         kwargs.setdefault("peft_config", lora)
     return PrivilegedSelfDistillTrainer(
@@ -126,6 +128,7 @@ def child(result: str, base: str, out: str, settings: dict, fault: tuple | None,
             arm(trainer, *fault)
         trainer.train(resume_from_checkpoint=resume)
         outcome["state"] = trainer.state.log_history
+        outcome["completions"] = [row.completion for row in trainer.last_rows]
     except BaseException as error:
         traceback.print_exc()
         outcome["error"] = type(error).__name__
@@ -161,6 +164,30 @@ def finish(process: Any, result: str) -> dict[str, Any]:
     outcome = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     log = Path(result + ".log")
     return {"exitcode": process.exitcode, "log": log.read_text(encoding="utf-8") if log.is_file() else "", **outcome}
+
+
+def run_two(base, out, **kwargs: Any) -> list[dict[str, Any]]:
+    """The same run on two processes, as ``accelerate launch`` or ``torchrun`` would start it."""
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    faults = kwargs.pop("faults", (None, None))
+    started = [
+        start(
+            base,
+            out,
+            result=f"{out}.result{rank}",
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            fault=faults[rank],
+            **kwargs,
+        )
+        for rank in range(2)
+    ]
+    return [finish(*each) for each in started]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def run(base, out, **kwargs: Any) -> dict[str, Any]:
