@@ -6,7 +6,6 @@ Shapes: N completion tokens of one row, V vocabulary, K kept candidates.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .divergence import linear_jsd
+from .jsonl import append_lines
 from .scoring import Row, score_teacher
 from .teacher import adapter_state
 from .token_text import decode, token_texts
@@ -141,7 +141,4 @@ def head_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
 
 def append_traces(folder: str | os.PathLike, records: Iterable[dict[str, Any]], step: int) -> None:
     """Add records to the run folder's ``traces.jsonl``, each with its step."""
-    path = Path(folder) / TRACE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records)
+    append_lines(Path(folder) / TRACE_FILE, ({"step": step, **record} for record in records))

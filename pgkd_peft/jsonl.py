@@ -1,0 +1,65 @@
+"""Append-only files of a run: one JSON object a line, nothing lost to a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add records and hand them to the operating system; a number that JSON cannot hold (NaN) becomes null.
+
+    A line that a crash left unfinished is ended first, so that it spoils no other.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_finite(record), ensure_ascii=False, default=str, allow_nan=False) + "\n" for record in records]
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write("".join(lines).encode("utf-8", "replace"))
+
+
+def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a file, [] where there is none. Lines that are no JSON object (a crash cut one) are left out."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def drop_after(path: str | os.PathLike, step: int) -> None:
+    """Keep the records up to `step`: a resumed run will write the later ones again. Nothing happens without a file."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    kept = [r for r in read_lines(path) if isinstance(r.get("step"), (int, float)) and r["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    append_lines(partial, kept)
+    partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
