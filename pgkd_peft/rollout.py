@@ -20,6 +20,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .errors import ConfigError
+from .memory import is_out_of_memory
 from .model import base_of, dequantized_weight
 from .teacher import STUDENT, adapter_state, switchable_layers
 
@@ -88,6 +89,8 @@ def generate(
                     break
                 stop += 1
             batch = order[start:stop]
+            used = len(batch) * copies * (len(prompts[batch[-1]]) + max_new_tokens)
+            completions = None
             rows = [i * copies + c for i in batch for c in range(copies)]
             try:
                 completions = _decode(
@@ -100,10 +103,11 @@ def generate(
                     temperature,
                     uniforms[rows],
                 )
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
                     raise
-                budget = max(1, budget // 2)
+            if completions is None:  # only now, without the error, is what it held on to free
+                budget = used // 2
                 torch.cuda.empty_cache()
                 logger.warning("Out of memory in a rollout of %d rows; going on with half as many.", len(rows))
                 continue

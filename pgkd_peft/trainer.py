@@ -43,7 +43,9 @@ from .collator import DataCollatorForPrivilegedGKD, stop_ids
 from .config import PrivilegedGKDConfig
 from .divergence import linear_jsd
 from .errors import ConfigError, PGKDError
+from .health import HealthCallback
 from .interrupt import interruptible
+from .memory import memory_for
 from .metrics import means_of
 from .model import base_of
 from .rollout import RolloutEngine, generate, window_generator
@@ -195,6 +197,8 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self.last_rows: list[Row] = []
         self.add_callback(ProbeCallback(self.frozen))
+        self.health = HealthCallback(self)
+        self.add_callback(self.health)
         if self.teacher.average is not None:
             self.add_callback(AverageCallback(self))
         if args.rollout_log_steps:
@@ -238,12 +242,13 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
         args, sums = self.args, self._sums[self._mode()]
         start = time.perf_counter()
         if on_policy or self.seq_kd:
-            rows = self._roll_out(rows, teacher_writes=not on_policy)
+            with memory_for("rollout"):
+                rows = self._roll_out(rows, teacher_writes=not on_policy)
         for row in rows:
             skip_all = args.mask_truncated_completions and row.truncated
             row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
         written = time.perf_counter()
-        with self.teacher.weights() as teacher:
+        with memory_for("teacher"), self.teacher.weights() as teacher:
             score_teacher(teacher, rows, self.pad_id)
         self.last_rows = rows
 
@@ -327,7 +332,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
         parts = [rows[i : i + size] for i in range(0, len(rows), size)] or [[]]
         total = torch.zeros((), device=self.args.device)
         autocast = self.accelerator.native_amp and hasattr(self.model, "_original_forward")
-        with without_input_casts(self.model, autocast=autocast):
+        with memory_for("student"), without_input_casts(self.model, autocast=autocast):
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
