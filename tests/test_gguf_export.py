@@ -71,11 +71,10 @@ def read_config(adapter: str):
     return MergedWeights(read_run(adapter, **QUIET)).config
 
 
-@pytest.mark.parametrize("gguf_type", ["f32", "f16", "q8_0"])
-@pytest.mark.parametrize("kind", ["llama", "qwen", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "gguf_type"), [("llama", "f32"), ("llama", "q8_0"), ("qwen", "f16"), ("qwen", "q8_0"), ("qwen3", "f32")]
+)
 def test_transformers_reads_the_trained_model_back(tmp_path, kind, gguf_type):
-    if kind == "qwen3" and gguf_type == "f16":
-        pytest.skip("two types are enough for the third architecture")
     adapter = trained_run(tmp_path, kind, pre="smollm" if kind == "llama" else "qwen2")
     file = tmp_path / "model.gguf"
     report = export_adapter(adapter, str(file), format="gguf", gguf_type=gguf_type, **QUIET)
