@@ -136,6 +136,8 @@ def build_student(
     loaded = ""
     if isinstance(model, str):
         adapter = model if is_adapter_folder(model) else None
+        if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
+            raise ModelError(f"{adapter} has no adapter_model.safetensors; adapters are read from safetensors alone.")
         if adapter is not None and peft_config is not None:
             raise ConfigError(f"{adapter!r} is an adapter, which brings its own LoRA settings; remove peft_config.")
         base = adapter_base(adapter) if adapter else model

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections import defaultdict
@@ -226,7 +227,9 @@ def replacing(folder: str | os.PathLike) -> Iterator[str]:
         for path in staged.iterdir():
             _sync(path)
             path.replace(target / path.name)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not _is_about_writing(error):
+            raise
         raise CheckpointError(_cannot_write(folder, error)) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -254,6 +257,13 @@ def explain_full_disk(folder: str | os.PathLike) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CheckpointError(_cannot_write(folder, error)) from error
+
+
+def _is_about_writing(error: Exception) -> bool:
+    """Each library has its own way to say that a file cannot be written; tokenizers raises a bare Exception."""
+    return isinstance(error, (OSError, SafetensorError)) or any(
+        text in str(error) for text in ("os error", "PytorchStreamWriter", "No space left", "unexpected pos")
+    )
 
 
 def _cannot_write(folder: str | os.PathLike, error: BaseException) -> str:
@@ -324,6 +334,19 @@ def check_belongs(folder: Path, now: dict[str, Any]) -> None:
         logger.warning(
             "Settings differ from those of %s, so the run goes on differently: %s", folder, "; ".join(changed)
         )
+
+
+@contextlib.contextmanager
+def _readable(folder: str | None) -> Iterator[None]:
+    """Around what Transformers loads with ``weights_only``: a file that holds anything but tensors is refused."""
+    try:
+        yield
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the optimizer, scheduler or random state in {folder} cannot be read, so it is damaged or was written by "
+            f"someone else ({text[:200]}). Resume from another checkpoint, or start a new run from its adapter."
+        ) from error
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -405,8 +428,9 @@ class CheckpointMixin:
             if me.args.should_save:
                 write_manifest(staging / name)
                 publish(staging / name, run_dir / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
+        except Exception as error:
+            if not _is_about_writing(error):
+                raise
             raise CheckpointError(_cannot_write(run_dir, error)) from error
         finally:
             self._staging = None
@@ -436,6 +460,14 @@ class CheckpointMixin:
             assert self._staging is not None
             me.state.best_model_checkpoint = str(self._staging.parent / Path(best).name)
             me.state.save_to_json(str(folder / STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]

@@ -106,15 +106,15 @@ class HealthCallback(TrainerCallback):
         if not logs.get("privileged_rows"):
             self.alarm(
                 "no PI",
-                f"no row so far has PI in {args.privileged_key!r}: the teacher knows no more than the student, so there "
-                "is nothing to learn. Check the column's name (privileged_key).",
+                f"no row so far has PI in {args.privileged_key!r}: the teacher knows no more than the student, so "
+                "there is nothing to learn. Check the column's name (privileged_key).",
                 state.global_step,
             )
         elif logs["divergence"] < NO_EFFECT * scale:
             self.alarm(
                 "no effect",
                 f"teacher and student agree to {logs['divergence']:.1e} nats a token although "
-                f"{logs['privileged_rows']:.0%} of the rows have PI: it changes nothing. Look at what the teacher reads "
-                "(pgkd inspect); try another privileged_placement, or PI that the answer depends on.",
+                f"{logs['privileged_rows']:.0%} of the rows have PI: it changes nothing. Look at what the teacher "
+                "reads (pgkd inspect); try another privileged_placement, or PI that the answer depends on.",
                 state.global_step,
             )
