@@ -31,7 +31,7 @@ class AdapterRun:
         folder: holds adapter_model.safetensors and adapter_config.json.
         base: local directory of the base's config and weights.
         base_name: the base as adapter_config.json names it (a Hub id or a path).
-        quantization: nf4, int8 or none.
+        quantization: nf4, int8 or none (or another 4-bit type that run.json has the settings of).
         quantization_config: the bitsandbytes settings behind it, None for "none".
         prequantized: the base's own files are already quantized.
         dtype: of the weights that are not quantized, and of those that are before they were quantized.
@@ -56,7 +56,7 @@ class AdapterRun:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that quantized weights are dequantized to in a forward."""
-        if self.quantization == "nf4" and self.quantization_config is not None:
+        if self.quantization_config is not None and self.quantization_config.load_in_4bit:
             return self.quantization_config.bnb_4bit_compute_dtype
         return self.dtype
 
@@ -126,11 +126,11 @@ def _run_quantization(
         assumed.append(
             f"the base was quantized to {name} in training (if it was not, give --quantization none or int8)"
         )
-    if name not in QUANTIZATIONS:
-        raise ConfigError(f"--quantization is {name!r}; accepted are {', '.join(QUANTIZATIONS)}")
     settings = info.get("quantization_config")
     if settings and name == info.get("base_quantization"):
         return name, _bitsandbytes_config(settings)
+    if name not in QUANTIZATIONS:
+        raise ConfigError(f"--quantization is {name!r}; accepted are {', '.join(QUANTIZATIONS)}")
     return name, bnb_config(name, dtype)
 
 

@@ -32,6 +32,7 @@ from .collator import stop_ids
 from .errors import DataError
 from .model import base_of, dequantized_weight, guard_cpu_linear4bit, load_base
 from .rollout import generate
+from .teacher import FrozenCheck
 
 # Used when a run kept no held-out prompts and none were given: everyday questions that no adapter was made for.
 NEUTRAL_PROMPTS = (
@@ -150,6 +151,9 @@ class TrainedModel:
         arithmetic_floor: mean KL between the trained model in float32 arithmetic and the same model as it ran in
             training. A merged model cannot be told from the trained one below it.
         adapter_effect: mean KL between the trained model and its base without the adapter: what there is to lose.
+        base_matches: whether the base as loaded here is, bit for bit, the one whose digest run.json holds; None where
+            there is no digest, or where the run was trained on another kind of device, whose quantization kernels may
+            round differently.
         answer_nll, score: as in Fidelity.
     """
 
@@ -169,6 +173,7 @@ class TrainedModel:
         self.arithmetic_floor = self.adapter_effect = float("nan")
         self.answer_nll: float | None = None
         self.score: float | None = None
+        self.base_matches: bool | None = None
 
     def __enter__(self) -> TrainedModel:
         self._folder = Path(tempfile.mkdtemp(prefix="pgkd-fidelity-"))
@@ -193,6 +198,9 @@ class TrainedModel:
             trust_remote_code=self._trust,
         )
         model = PeftModel.from_pretrained(base, str(run.folder)).eval()
+        trained_on_cpu = str(run.info.get("device")).startswith("CPU")
+        if run.info.get("base_digest") and trained_on_cpu != torch.cuda.is_available():
+            self.base_matches = FrozenCheck(model).digest == run.info["base_digest"]
         self.sequences = build_sequences(model, self.tokenizer, self.prompts, self.max_new_tokens)
         if self._score is not None:
             self.score = self._score(model, self.tokenizer)

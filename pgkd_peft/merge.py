@@ -202,6 +202,7 @@ def _requantize(report: MergeReport, folder: Path, kind: str, force: bool) -> Pa
 def _measure(report: MergeReport, trained: TrainedModel, folder: Path, log: Callable[[str], None]) -> None:
     report.prompts = trained.prompts.source
     report.arithmetic_floor, report.adapter_effect = trained.arithmetic_floor, trained.adapter_effect
+    report.base_matches_training = trained.base_matches
     report.trained = {"answer_nll": trained.answer_nll, "score": trained.score}
     _enter_fidelity(report, report.base, trained, folder, log)
 
@@ -242,6 +243,9 @@ def _judge(report: MergeReport, prompts: Prompts, tolerance: float | None, log: 
         elif not prompts.neutral:
             tolerance = report.adapter_effect
     report.tolerance = tolerance
+    if report.base_matches_training is False:
+        report.passed = False
+        return
     if tolerance is None:
         log("No tolerance is enforced here; give one with --tolerance.")
         return
@@ -255,6 +259,12 @@ def _judge(report: MergeReport, prompts: Prompts, tolerance: float | None, log: 
 
 
 def _failure(report: MergeReport, folder: Path) -> str:
+    if report.base_matches_training is False:
+        return (
+            f"the base {report.base_model} is not the one that the adapter was trained on: its weights have another "
+            "digest than run.json holds. An adapter means nothing on other weights; bring the old base back "
+            f"(--base-model). The result stays in {folder}."
+        )
     kl = report.fidelity[report.base]["kl_mean"]
     if report.base == "original":
         reason = "The original weights are not those that the adapter was trained on; --base dequantized is."

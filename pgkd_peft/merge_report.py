@@ -20,6 +20,7 @@ class MergeReport:
         four_bit_share, four_bit_noise: the same if it were merged into 4-bit weights, on a sample of each linear layer.
         fidelity: base -> how far merged is from trained (see fidelity.Fidelity); empty where it was not verified.
         trained: answer_nll and score of the trained model itself.
+        base_matches_training: see fidelity.TrainedModel.base_matches.
         arithmetic_floor, adapter_effect: yardsticks in nats/token (see fidelity.TrainedModel).
         tolerance: limit on fidelity[base]["kl_mean"]; None where none is enforced.
     """
@@ -39,6 +40,7 @@ class MergeReport:
     untied: bool = False
     fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)
     trained: dict[str, float | None] = field(default_factory=dict)
+    base_matches_training: bool | None = None
     arithmetic_floor: float | None = None
     adapter_effect: float | None = None
     prompts: str | None = None

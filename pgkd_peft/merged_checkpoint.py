@@ -76,7 +76,8 @@ def write_checkpoint(
 
 def _write_shard(weights: MergedWeights, keys: list[str], path: Path, dtype: torch.dtype) -> dict[str, Any]:
     run = weights.run
-    nf4 = run.quantization_config if run.quantization == "nf4" else bnb_config("nf4", torch.bfloat16)
+    in_4_bits = run.quantization_config is not None and run.quantization_config.load_in_4bit
+    nf4 = run.quantization_config if in_4_bits else bnb_config("nf4", torch.bfloat16)
     assert nf4 is not None
     cast, four_bit = Surviving(), Surviving()
     tensors = {}

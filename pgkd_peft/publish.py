@@ -95,13 +95,18 @@ def table(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> str:
 def adapter_card(run: AdapterRun, identity: str) -> str:
     """The README.md of a published adapter: what it is, what it reached, how it was trained, how to load it."""
     dtype = f"torch.{str(run.compute_dtype).removeprefix('torch.')}"
-    quantization = {
-        "none": "",
-        "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
-        "nf4": "quantization_config=BitsAndBytesConfig(\n        load_in_4bit=True,\n"
-        '        bnb_4bit_quant_type="nf4",\n        bnb_4bit_use_double_quant=True,\n'
-        f"        bnb_4bit_compute_dtype={dtype},\n    )",
-    }[run.quantization]
+    config = run.quantization_config
+    if config is None:
+        quantization = ""
+    elif config.load_in_8bit:
+        quantization = "quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
+    else:
+        quantization = (
+            "quantization_config=BitsAndBytesConfig(\n        load_in_4bit=True,\n"
+            f"        bnb_4bit_quant_type={json.dumps(config.bnb_4bit_quant_type)},\n"
+            f"        bnb_4bit_use_double_quant={config.bnb_4bit_use_double_quant},\n"
+            f"        bnb_4bit_compute_dtype={dtype},\n    )"
+        )
     return f"""\
 {front_matter(identity, library_name="peft", tags=["pgkd", "lora", f"base_model:adapter:{identity}"])}
 # {run.folder.name}

@@ -17,7 +17,7 @@ from adapters import lora, save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgkd_peft import publish
 from pgkd_peft.adapter_run import read_run
@@ -242,17 +242,3 @@ def test_push_of_one_gguf_file(tmp_path, hub):
     (tmp_path / "unrelated.txt").write_text("stays here")
     export_adapter(str(run), str(tmp_path / "l.gguf"), format="gguf-lora", push_to_hub="me/gguf", **QUIET)
     assert hub.commits["me/gguf"] == {"l.gguf": (tmp_path / "l.gguf").read_bytes()}
-
-
-def test_quantization_of_the_card_is_the_default_of_loading():
-    """The card writes NF4 out by hand; it must stay what load_base does."""
-    from pgkd_peft.model import bnb_config
-
-    settings = bnb_config("nf4", torch.bfloat16).to_dict()
-    card = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    assert card.to_dict() == settings

@@ -284,3 +284,24 @@ def test_untied_head_survives_loading(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_a_run_of_the_trainer_merges_and_a_changed_base_is_noticed(tmp_path, make_trainer):
+    """From training to a verified checkpoint; then the base's files change under the adapter."""
+    base = save_tiny(tmp_path / "base")
+    trainer = make_trainer(model=base, config={"base_quantization": "nf4", "learning_rate": 0.02, "max_steps": 3})
+    trainer.train()
+    trainer.save_model()
+    folder = trainer.args.output_dir
+    report = merge_adapter(folder, str(tmp_path / "out"), dtype="fp32", **QUIET)
+    assert (report.quantization, report.assumed) == ("nf4", [])
+    assert report.base_matches_training is True
+    assert report.passed
+    assert report.adapter_effect > 1e-3
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][0] += 1.0
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="is not the one that the adapter was trained on"):
+        merge_adapter(folder, str(tmp_path / "out2"), dtype="fp32", **QUIET)
+    assert not (tmp_path / "out2").exists()

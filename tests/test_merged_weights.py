@@ -100,7 +100,7 @@ def test_settings_of_the_run_are_used(tmp_path):
     """Other 4-bit settings than the default: fp4, no double quantization, float16 compute on bfloat16 weights."""
     qc = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float16)
     base = save_tiny(tmp_path / "base")
-    adapter = save_adapter(tmp_path / "run", base, lora(), qc=qc)
+    adapter = save_adapter(tmp_path / "run", base, lora(), quantization="fp4", qc=qc)  # as run.json names it
     run = read_run(adapter)
     assert run.compute_dtype == torch.float16
     assert run.quantization_config.bnb_4bit_quant_type == "fp4"
