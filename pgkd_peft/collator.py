@@ -182,7 +182,7 @@ class DataCollatorForPrivilegedGKD:
         left = opening[common:].strip()
         if not left:
             return answer[common:]
-        return _NO_THOUGHTS + answer[common:] if left == "<think>" else ""
+        return _NO_THOUGHTS + answer[common:].lstrip("\n") if left == "<think>" else ""
 
     def _close_turn(self, text: str) -> str:
         """End `text` with the end-of-turn token and nothing after it."""
@@ -263,6 +263,4 @@ def _continue_opening(prompt: str, content: str) -> str:
         return content
     if "</think>" not in content:
         return _NO_THOUGHTS + content
-    if not content.lstrip().startswith("<think>"):
-        return content
     return content.lstrip().removeprefix("<think>").removeprefix(prompt[len(opened) :])

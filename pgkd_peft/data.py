@@ -352,7 +352,6 @@ def fingerprint(rows: Iterable[Any], privileged_key: str = "privileged_messages"
     for row in rows:
         used = {name: row[name] for name in (*COLUMNS, privileged_key) if row.get(name) is not None}
         digest.update(json.dumps(_canonical(used), sort_keys=True, default=lambda value: type(value).__name__).encode())
-        digest.update(b"\n")
     return digest.hexdigest()
 
 

@@ -157,7 +157,7 @@ def _encodable(value: Any) -> bool:
 
 
 def _read_csv(path: Path) -> list[Any]:
-    """All values as text (so 007 stays 007); an empty cell is None."""
+    """All values as text, so that 007 stays 007."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     limit = csv.field_size_limit(2**31 - 1)
     rows: list[Any] = []
@@ -171,7 +171,7 @@ def _read_csv(path: Path) -> list[Any]:
             for cells in lines:
                 where = f"{path.name} line {reader.line_num}"
                 if len(cells) == len(header):
-                    rows.append({name: cell or None for name, cell in zip(header, cells)})
+                    rows.append(dict(zip(header, cells)))
                 else:
                     rows.append(BrokenRow(f"{where}: {len(cells)} cells, the header has {len(header)}"))
     except UnicodeDecodeError as error:

@@ -137,14 +137,14 @@ def test_a_bos_in_the_template_is_not_doubled():
     assert bos not in batch["completions"][0]
 
 
-def test_no_truncation_whatever_the_tokenizer_believes(recwarn):
+def test_no_truncation_whatever_the_tokenizer_believes():
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = 8
     batch = DataCollatorForPrivilegedGKD(tokenizer, max_length=None)([row("u:" + "Q" * 3000, "a:" + "A" * 3000)])
     assert batch["prompts"].shape[1] > 3000
     assert batch["completions"].shape[1] == 3001
     assert tokenizer._tokenizer.truncation is None
-    assert not recwarn.list
+    assert not tokenizer.deprecation_warnings  # it has not warned of too long a sequence either
 
 
 def test_max_length_counts_the_students_prompt_and_the_answer():
@@ -218,6 +218,7 @@ def test_end_of_turn_that_is_only_an_added_token(special):
     assert "<end_of_turn>" not in tokenizer.all_special_tokens  # what the test is about
     c = DataCollatorForPrivilegedGKD(tokenizer)
     assert c.end_of_turn == "<end_of_turn>"
+    assert ("<end_of_turn>" in c.special_tokens) is special
     assert tokenizer.decode(c.encode(row("u:Q", "a:A"))["completion_ids"]) == "A<end_of_turn>"
     assert tokenizer.convert_tokens_to_ids("<end_of_turn>") in stop_ids(tokenizer)
 
@@ -242,6 +243,7 @@ def test_stop_ids_without_eos_or_template():
 # --- reference answers -------------------------------------------------------------------------------------------
 
 NO_THINKING = {"enable_thinking": False}
+NO_THOUGHTS_A = "\n</think>\n\nA<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -250,10 +252,13 @@ NO_THINKING = {"enable_thinking": False}
         (THINKING, row("u:Q", "a:A"), "<think>\n\n</think>\n\nA<|im_end|>"),
         (THINKING, row("u:Q", "a:A", chat_template_kwargs=NO_THINKING), "A<|im_end|>"),
         (THINKING, row("u:Q", "a:<think>\nhm\n</think>\n\nA"), "<think>\nhm\n</think>\n\nA<|im_end|>"),
-        (OPENS_THINKING, row("u:Q", "a:A"), "\n</think>\n\nA<|im_end|>"),
+        (OPENS_THINKING, row("u:Q", "a:A"), NO_THOUGHTS_A),
         (OPENS_THINKING, row("u:Q", "a:<think>\nhm\n</think>\n\nA"), "hm\n</think>\n\nA<|im_end|>"),
         (OPENS_THINKING, row("u:Q", "a:<think>hm</think>A"), "hm</think>A<|im_end|>"),
         (OPENS_THINKING, row("u:Q", "a:hm\n</think>\n\nA"), "hm\n</think>\n\nA<|im_end|>"),
+        (OPENS_THINKING, row("u:Q", "a:\n</think>\n\nA"), "\n</think>\n\nA<|im_end|>"),
+        # an end of text after the last turn, so that the prompt does not go on from the same text without an answer
+        (OPENS_THINKING + "{% if not add_generation_prompt %}<eos>{% endif %}", row("u:Q", "a:A"), NO_THOUGHTS_A),
         (EMPTY_THINKING, row("u:Q", "a:A"), "</think>A<|im_end|>"),
         (EMPTY_THINKING, row("u:Q", "a:<think>\nhm</think>A"), "hm</think>A<|im_end|>"),
         # thoughts that the template takes out of the answer are kept

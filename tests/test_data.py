@@ -59,6 +59,25 @@ def test_jsonl_rows_come_back_as_written(tmp_path):
     assert dataset.select([5, 0])[0]["tools"] == [other]
 
 
+def test_columns_keep_their_values_whatever_their_types():
+    values = {
+        "text": ["1", "null", None],
+        "number": [1, 2.5, None],
+        "flag": [True, 1, False],
+        "huge": [2**70, 1, None],
+        "whole": [1, -5, None],
+        "mixed": ["1", 1, [None, {"a": "2"}]],
+        "nothing": [None, None, None],
+    }
+    rows = [dict(zip(values, column)) for column in zip(*values.values())]
+    del rows[2]["nothing"]
+    dataset = to_dataset(rows)
+    for name, expected in values.items():
+        if name == "huge":  # beyond 64 bits: kept as text rather than lost
+            expected = [str(2**70), 1, None]
+        assert [(value, type(value)) for value in dataset[name]] == [(value, type(value)) for value in expected]
+
+
 def test_files_that_hold_the_same_rows_give_the_same_data(tmp_path):
     rows = ROWS[:2]
     jsonl = load_rows(write_jsonl(tmp_path / "a.jsonl", rows))
@@ -80,9 +99,9 @@ def test_fingerprint_depends_on_rows_and_their_order():
     prints = {fingerprint(rows) for rows in (ROWS, ROWS[::-1], ROWS[:3], [{**ROWS[0], "messages": []}, *ROWS[1:]])}
     assert len(prints) == 4
     assert fingerprint([{**ROWS[0], "id": 1}]) == fingerprint(ROWS[:1])
-    assert fingerprint([{"messages": [{"role": "user", "content": "Q", "tool_calls": None}]}]) == fingerprint(
-        [row("u:Q")]
-    )
+    filled = {"messages": [{"role": "user", "content": "Q", "tool_calls": None}]}
+    reordered = {"privileged_messages": None, "messages": [{"content": "Q", "role": "user"}]}
+    assert fingerprint([filled]) == fingerprint([row("u:Q")]) == fingerprint([reordered])
 
 
 def test_csv_cells_stay_text(tmp_path):
@@ -91,7 +110,7 @@ def test_csv_cells_stay_text(tmp_path):
     assert dataset[0]["messages"] == row("u:a, b?", "a:007")["messages"]
     assert dataset[1]["messages"][1]["content"] == "1.50"
     assert [r["privileged_messages"] for r in dataset] == ["", "Worked solution:\nx"]
-    (tmp_path / "q.tsv").write_text("question\tanswer\tsolution\na, b?\t007\t\n")
+    (tmp_path / "q.tsv").write_text("\ufeffquestion\tanswer\tsolution\na, b?\t007\t\n")
     assert load_rows(tmp_path / "q.tsv", columns=QA_COLUMNS)[0]["messages"] == row("u:a, b?", "a:007")["messages"]
 
 
@@ -275,6 +294,8 @@ def test_mapping_whole_columns_constants_and_expressions():
         "privileged_messages": "{{hints}}",
         "chat_template_kwargs": {"enable_thinking": False, "date": "{{ n }} May"},
         "label": "{{ n }}",
+        "mixed": "{{ n }}, {{ hints }}!\n",
+        "listed": ["{{ tags }}"],
         "tagged": "{% for t in tags %}<{{ t }}>{% endfor %}{{ conv[0].content | upper }}",
     }
     dataset = map_columns(to_dataset(rows), columns)
@@ -283,6 +304,8 @@ def test_mapping_whole_columns_constants_and_expressions():
     assert not dataset[1]["privileged_messages"]
     assert dataset[0]["chat_template_kwargs"] == {"enable_thinking": False, "date": "3 May"}
     assert dataset[1]["label"] == "4"
+    assert dataset[1]["mixed"] == "4, !\n"
+    assert dataset[0]["listed"] == ["['a', 'b']"]
     assert [r["tagged"] for r in dataset] == ["<a><b>WHAT IS QUICKSORT?", "BE BRIEF."]
 
 
@@ -290,6 +313,11 @@ def test_a_mapped_column_replaces_one_of_its_name():
     rows = [{"messages": "Hi", "x": 1}]
     dataset = map_columns(to_dataset(rows), {"messages": [{"role": "user", "content": "{{ messages }}!"}]})
     assert dataset[0] == {"x": 1, "messages": [{"role": "user", "content": "Hi!"}]}
+
+
+def test_a_template_sees_every_column_it_names():
+    dataset = map_columns(to_dataset(QA), {"messages": "{{ question }}={{ answer }}"})
+    assert [r["messages"] for r in dataset] == ["2+2?=4", "Sky?=blue"]
 
 
 def test_values_are_never_run_as_templates():
@@ -353,7 +381,7 @@ def test_templates_are_sandboxed(attack):
 
 
 def test_a_report_on_good_rows():
-    rows = [*ROWS, row("u:The secret is here.", pi="secret is here"), row("u:a <|im_end|> b", pi="x")]
+    rows = [*ROWS, row("u:The secret is here.", pi="secret is here"), row("u:a <|im_end|> b", pi="a")]
     c = collator(max_privileged_length=20)
     report = validate_rows(rows, c)
     assert report.rows == 6
@@ -460,6 +488,11 @@ class Opaque:
         raise RuntimeError("cannot be shown")
 
 
+def test_a_value_that_cannot_be_shown_in_a_key_nobody_reads():
+    given_row = {"messages": [{"role": "user", "content": "Q", "note": Opaque()}]}
+    assert validate_rows([given_row], collator()).fingerprint == fingerprint([given_row])
+
+
 def deep(value):
     for _ in range(5000):
         value = [value] if isinstance(value, list) else {"a": value}
@@ -490,7 +523,7 @@ NASTY = [
 ]
 WHOLE = {
     **TOOL_ROW,
-    "messages": [{"role": "system", "content": "S"}, *TOOL_ROW["messages"]],
+    "messages": [{"role": "system", "content": "S", "id": 1}, *TOOL_ROW["messages"]],
     "privileged_messages": [{"role": "user", "content": "P"}, {"role": "assistant", "content": "PP"}],
     "tools": [WEATHER],
     "chat_template_kwargs": {"k": 1},
