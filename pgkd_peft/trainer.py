@@ -41,6 +41,7 @@ from .assemble import (
 from .checkpoint import CheckpointMixin, explain_full_disk, find_checkpoint, replacing
 from .collator import DataCollatorForPrivilegedGKD, stop_ids
 from .config import PrivilegedGKDConfig
+from .console import show_log_lines
 from .divergence import linear_jsd
 from .errors import ConfigError, PGKDError
 from .health import HealthCallback
@@ -136,6 +137,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
         for name, value in (("formatting_func", formatting_func), ("compute_metrics", compute_metrics)):
             if value is not None:
                 raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
+        show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
         tokenizer = find_tokenizer(model, processing_class, args)
         collator = data_collator or DataCollatorForPrivilegedGKD(
