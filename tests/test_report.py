@@ -1,0 +1,288 @@
+"""The report: what is on the page is what is in the run folder; hostile text stays text; nothing is loaded."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import pytest
+from conftest import perturb
+from tiny import ROWS
+
+from pgkd_peft.errors import ConfigError
+from pgkd_peft.jsonl import append_lines
+from pgkd_peft.report import choose_traces, collect, difference, main, read_metrics, read_results, spread, write_report
+from pgkd_peft.report_page import csp_hash, number, render, script_json
+from pgkd_peft.scoring import rows_of
+from pgkd_peft.trace import append_traces, trace_rows
+
+HOSTILE = (
+    "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\u2028&amp;\x00'\""
+)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """Tags, attributes, scripts and the text that a reader sees."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag if tag in ("script", "style") else ""
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif not self.inside:
+            self.text += data
+
+
+def trace(step=1, text="ok", **changes):
+    tokens = [text, "", "\n", " end"]
+    top = [[[text, 0.75], ["b", 0.2]]] * 4
+    return {
+        "step": step, "prompt": f"<user>{text}<end><a>", "teacher_prompt": f"<user>{text}<end><user>PI<end><a>",
+        "has_privileged": True, "truncated": False, "generated": True, "tokens": tokens,
+        "divergence": [0.1, 0.0, 2.5, 0.3], "in_loss": [False, True, True, True], "student_p": [0.5] * 4,
+        "teacher_p": [0.25] * 4, "student_top": top, "teacher_top": top, **changes,
+    }  # fmt: skip
+
+
+def fill(folder, text="fact"):
+    """A run folder with everything in it; `text` wherever a run can put text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "base_model": text, "base_quantization": "nf4", "teacher_adapter": text, "divergence": text, "seed": 3,
+                "command": text, "device": text, "seconds": 125, "config": {"max_steps": 3, text: text},
+                "versions": {text: text}, "peak_memory_mib": {"process": 1234.5}, "adapter_parameters": 10,
+                "adapter_bytes": 2**20, "dataset_rows": 4,
+            }
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    append_lines(
+        folder / "metrics.jsonl",
+        [{"step": i, "divergence": 1 / i, "seconds_rollout": 1.5, "note": text} for i in (1, 2, 3)]
+        + [{"step": 2, "eval_divergence": 0.7, "eval_recovered": 0.4}, {"step": 3, "train_runtime": 5.0}],
+    )
+    append_lines(folder / "traces.jsonl", [trace(1, text), trace(3, text), trace(3, text, has_privileged=False)])
+    summary = {
+        "base": 0.1, "teacher": 0.9, "student": 0.7, "recovered": 0.75, "recovered_interval": [0.5, 0.9],
+        "recovered_interval_level": 0.95, "n": 48, "drift": 0.0123,
+        "columns": {"base": {"length_tokens": 12.5, "truncated": 0.25, "hint_share": 0.0, "pi_overlap": None}},
+        "controls": [{"name": text, "base": 0.1, "teacher": 0.2, "student": 0.1, "recovered": 0.0, "n": 48}],
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    answers = {"base": text, "student": "yes", text: ""}
+    append_lines(
+        folder / "eval_answers.jsonl",
+        [{"prompt": text, "privileged": text, "answers": answers, "scores": {"base": 0.0, "student": 1.0}}],
+    )
+    return folder
+
+
+def test_nothing_is_loaded_and_no_text_is_markup(tmp_path):
+    text = write_report(fill(tmp_path / "run", HOSTILE)).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"img", "link", "iframe", "object", "embed", "form", "base", "a"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        assert not {"src", "href", "srcset", "action"} & set(attributes), tag
+        assert not [name for name in attributes if name.startswith("on")], tag
+    style = re.search(r"<style>(.*?)</style>", text, re.S)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == [
+        "application/json",
+        None,
+        None,
+    ]
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    assert "unsafe-inline" not in policy.split("script-src")[1]
+    for script in page.scripts[1:]:
+        assert csp_hash(script) in policy
+        assert not re.search(
+            r"innerHTML|outerHTML\s*=|insertAdjacentHTML|document\.write|eval\(|fetch\(|XMLHttp", script
+        )
+    data = json.loads(page.scripts[0])
+    assert data["traces"][0]["tokens"][0] == HOSTILE
+    assert page.text.count("onerror=") >= 10  # shown as text: name, command, prompts, answers …
+
+
+def test_the_page_says_what_the_folder_holds(tmp_path):
+    page = Page(write_report(fill(tmp_path / "demo")).read_text(encoding="utf-8"))
+    for wanted in (
+        "demo",
+        "0.75",
+        "95% interval 0.50 to 0.90, n = 48",
+        "0.0123",
+        "2 min 5 s",
+        "1,234 MiB",
+        "12.5",
+        "25%",
+    ):
+        assert wanted in page.text, wanted
+    left = {a["class"].split()[-1]: a["style"] for t, a in page.tags if a.get("class", "").startswith("mark ")}
+    assert left == {"base": "left:10.00%", "teacher": "left:90.00%", "student": "left:70.00%"}
+    part = next(a["style"] for t, a in page.tags if a.get("class") == "part")
+    assert part == "left:10.00%;width:60.00%"
+    data = json.loads(page.scripts[0])
+    assert [m["step"] for m in data["metrics"]] == [1, 2, 3]
+    evaluated = {"eval_divergence": 0.7, "eval_recovered": 0.4}
+    assert data["metrics"][1] == {"step": 2, "divergence": 0.5, "seconds_rollout": 1.5, **evaluated}
+    assert [t["step"] for t in data["traces"]] == [1, 3, 3]
+    assert data["traces"][0]["teacher_prompt"] == ["<user>fact<end>", "<user>PI<end>", "<a>"]
+
+
+def test_metrics_of_a_run_without_a_metrics_file(tmp_path):
+    for step in (2, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        history = [{"step": i, "divergence": float(i)} for i in range(1, step + 1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert [m["step"] for m in read_metrics(tmp_path)] == list(range(1, 11))
+
+
+def test_results_from_both_files_once_with_controls(tmp_path):
+    numbers = {"base": 0.0, "teacher": 1.0, "student": 0.5}
+    (tmp_path / "summary.json").write_text(json.dumps({**numbers, "recovered": 0.5}))
+    (tmp_path / "eval_results.json").write_text(json.dumps({**numbers, "student_with_pi": 1.0, "recovered": 0.5}))
+    (tmp_path / "eval_shuffled.json").write_text(json.dumps({**numbers, "student": 0.1}))
+    (tmp_path / "eval_broken.json").write_text("{")
+    names = [result["name"] for result in read_results(tmp_path)]
+    assert names == ["this run", "eval_shuffled"]
+    assert read_results(tmp_path)[0]["student_with_pi"] == 1.0
+    (tmp_path / "eval_results.json").write_text(json.dumps({**numbers, "controls": {"no PI": {"student": 0.0}}}))
+    assert [result["name"] for result in read_results(tmp_path)] == ["this run", "no PI", "eval_shuffled"]
+
+
+def test_damaged_and_foreign_content_does_not_break_the_page(tmp_path):
+    folder = fill(tmp_path / "run")
+    with (folder / "traces.jsonl").open("a") as file:
+        file.write('{"step": 4}\n{"step": 5, "tokens": ["a"], "divergence": []}\n[1]\n{"step": 6, "tok')
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "divergence": NaN}\nnull\n{"step": "x"}\n')
+    (folder / "summary.json").write_text('{"base": "high", "columns": 3, "controls": "no", "recovered_interval": [1]}')
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert [t["step"] for t in json.loads(page.scripts[0])["traces"]] == [1, 3, 3]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match=r"no run folder.*metrics\.jsonl"):
+        collect(empty)
+    with pytest.raises(ConfigError, match="no such folder"):
+        collect(tmp_path / "nowhere")
+    append_lines(empty / "metrics.jsonl", [{"step": 1, "divergence": 1.0}])
+    text = Page(write_report(empty).read_text(encoding="utf-8")).text
+    assert "pgkd eval" in text
+    assert "no run.json" in text
+
+
+def test_script_json_cannot_leave_its_element():
+    value = {"a": "</script><!--<script>\u2028\ud800&"}
+    text = script_json(value)
+    assert not set("<>&\u2028\ud800") & set(text)
+    assert json.loads(text) == value
+
+
+def test_small_pieces():
+    assert spread(list(range(100)), 3) == [0, 50, 99]
+    assert spread([1, 2], 3) == [1, 2]
+    assert difference("ab<u>q</u><a>", "ab<u>q</u><u>p</u><a>") == (10, 18)
+    assert difference("same", "same") == (4, 4)
+    assert difference("xAy", "xBBy") == (1, 3)
+    assert number(None) == number(float("nan")) == number(True) == "–"
+    many = choose_traces([trace(step) for step in range(500)])
+    assert len(many) == 40
+    assert (many[0]["step"], many[-1]["step"]) == (0, 499)
+
+
+def test_real_traces_of_a_tiny_run_and_the_command(make_trainer, tmp_path, capsys):
+    trainer = make_trainer(rows=ROWS)
+    perturb(trainer.model)
+    records = trace_rows(trainer, rows_of(trainer.data_collator(ROWS)))
+    append_traces(tmp_path / "run", records, 1)
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "sub" / "page.html")]) == 0
+    assert "page.html" in capsys.readouterr().out
+    page = Page((tmp_path / "sub" / "page.html").read_text(encoding="utf-8"))
+    shown = json.loads(page.scripts[0])["traces"]
+    assert [t["tokens"] for t in shown] == [r["tokens"] for r in records]
+    assert "Say its complexity." in shown[0]["teacher_prompt"][1]
+    with pytest.raises(SystemExit):
+        main([])
+
+
+IN_BROWSER = """<!doctype html><body><iframe id=f width=WIDTH height=3000 srcdoc="PAGE"></iframe><script>
+document.getElementById("f").addEventListener("load", () => {
+  const inner = document.getElementById("f").contentDocument, out = {};
+  const all = (selector) => [...inner.querySelectorAll(selector)];
+  out.overflow = inner.documentElement.scrollWidth - inner.documentElement.clientWidth;
+  out.charts = all("#charts .uplot canvas").length;
+  out.tokens = all(".token").map((t) => t.textContent);
+  out.selected = all(".token[aria-selected=true]").map((t) => t.id);
+  out.buttons = all("#rows button").length;
+  const key = (name) => inner.querySelector("#tokens").dispatchEvent(
+    new inner.defaultView.KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+  key("Home");
+  out.first = [inner.activeElement.id, inner.getElementById("lens-token").textContent];
+  out.top = all("#teacher-top li").map((li) => li.textContent);
+  key("ArrowRight"); key("ArrowRight");
+  out.third = inner.activeElement.id;
+  inner.getElementById("token-3").click();
+  out.clicked = inner.getElementById("lens-numbers").textContent;
+  const slider = inner.getElementById("step");
+  slider.value = 0; slider.dispatchEvent(new inner.defaultView.Event("input"));
+  out.step = inner.getElementById("step-value").textContent;
+  out.images = all("img").length;
+  out.title = inner.title;
+  document.body.dataset.out = encodeURIComponent(JSON.stringify(out));
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize(("width", "text"), [(1280, "fact"), (390, HOSTILE)])
+def test_in_a_browser(tmp_path, width, text):
+    page = render(collect(fill(tmp_path / "run", text)))
+    outer = tmp_path / "outer.html"
+    outer.write_text(IN_BROWSER.replace("WIDTH", str(width)).replace("PAGE", html.escape(page)), encoding="utf-8")
+    quiet = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
+    switches = ("headless", "no-sandbox", "disable-gpu", *quiet, "virtual-time-budget=5000", "dump-dom")
+    flags = [f"--{switch}" for switch in switches]
+    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()]
+    dom = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
+    out = json.loads(unquote(re.search(r'data-out="([^"]*)"', dom)[1]))
+    assert out["overflow"] <= 0
+    assert out["charts"] == 3  # divergence, recovered gap, seconds
+    first = text.replace("\x00", "\ufffd")
+    assert out["tokens"][1:] == ["◌", "↵\n", " end"]
+    assert out["tokens"][0].replace("\x00", "\ufffd") == first
+    assert out["selected"] == ["token-2"]  # the most divergent one
+    assert out["buttons"] == 2
+    assert out["first"][0] == "token-0"
+    assert out["first"][1].replace("\x00", "\ufffd") == first
+    assert out["top"][1] == "b20.0 %"
+    assert out["third"] == "token-2"
+    assert "0.300 nats" in out["clicked"]
+    assert "teacher 25.0 %, student 50.0 %" in out["clicked"]
+    assert out["step"] == "1"
+    assert out["images"] == 0
+    assert out["title"] == "run · pgkd report"
