@@ -93,6 +93,26 @@ def test_result_loads_without_peft_and_bitsandbytes(run, tmp_path):
     assert done.stdout.strip() == f"LlamaForCausalLM torch.bfloat16 0.7 {expected!r}"
 
 
+def test_base_stored_in_4_bits_merges_to_a_plain_model(tmp_path):
+    plain, stored = save_tiny(tmp_path / "plain"), tmp_path / "stored"
+    load_base(plain, dtype=torch.bfloat16).save_pretrained(stored)
+    byte_tokenizer().save_pretrained(stored)
+    update(stored / "config.json", _name_or_path="/home/me/stored")
+    adapter = save_adapter(tmp_path / "run", plain, lora())
+    update(tmp_path / "run" / "adapter_config.json", base_model_name_or_path=str(stored))
+    report = merge_adapter(adapter, str(tmp_path / "out"), dtype="fp32", compare=True, **QUIET)
+    assert list(report.fidelity) == ["dequantized"]  # there is no other base to compare with
+    assert report.passed
+    assert not {"quantization_config", "_name_or_path"} & set(
+        json.loads((tmp_path / "out" / "config.json").read_text())
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    expected = PeftModel.from_pretrained(dense_copy(load_base(plain, dtype=torch.bfloat16), plain), adapter)
+    for key, value in expected.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-6)
+
+
 def test_card_tells_the_numbers_and_no_paths(run, tmp_path):
     adapter, _ = run
     (Path(adapter) / "summary.json").write_text(
@@ -282,6 +302,7 @@ def test_untied_head_survives_loading(tmp_path):
     assert report.untied
     assert report.fidelity["dequantized"]["kl_mean"] < 1e-6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.tie_word_embeddings is False
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 

@@ -171,6 +171,8 @@ def test_refusals_by_name(tmp_path):
         read_run(adapter, quantization="gptq")
     with pytest.raises(ModelError, match=r"base model '/gone/base' .* not there"):
         read_run(adapter, base_model="/gone/base")
+    with pytest.raises(ModelError, match=r"adapter 'nobody/nothing' is no local directory, nor does the Hub give it"):
+        read_run("nobody/nothing")
     for changes, message in [
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
