@@ -33,7 +33,8 @@ class Contexts:
 
     Attributes:
         student: the conversation up to the answer.
-        teacher: the same conversation with the PI placed in it; equal to `student` when there is none.
+        teacher: the same conversation with the PI placed in it; equal to `student` when there is none. (The prompts may
+            still differ then, if the row gives the teacher template variables of its own.)
         answer: the final assistant message, None for a prompt-only row.
         privileged: the PI messages after cutting.
         privileged_tokens: tokens of the PI text after cutting.
@@ -253,7 +254,10 @@ class ContextBuilder:
     def _probe_placement(self, asked: str) -> tuple[str, str | None]:
         refusal = self._refusal("user")
         if refusal is not None:
-            raise ModelError(f"the chat template cannot render a single user turn: {refusal}")
+            raise ModelError(
+                f"the chat template cannot render a single user turn of text: {refusal}. Use a text model's template; "
+                "templates of vision models want lists of parts"
+            )
         if asked == "messages":
             refusal = self._refusal("user", "user") or self._refusal("user", "user", "assistant")
         elif asked == "system":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
 from .collator import DataCollatorForPrivilegedGKD, RowTooLongError
 from .columns import ColumnMap
@@ -23,7 +23,6 @@ from .messages import parse_row
 from .readers import (
     SUFFIXES,
     BrokenRow,
-    encode_column,
     files_of_split,
     first_line,
     listing,
@@ -70,7 +69,7 @@ def load_rows(
     else:
         dataset = _load_hub(where, config_name, split)
     if len(dataset) == 0:
-        raise DataError(f"{where} (split {split}) has no rows")
+        raise DataError(f"{where} (split {split}) has no rows, or rows without columns")
     if columns is not None:
         dataset = map_columns(dataset, columns)
     if "messages" not in dataset.column_names:
@@ -101,11 +100,9 @@ def map_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
             faults[i] = str(error)
     if faults:
         raise bad_rows_error(faults, len(dataset))
-    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
-    for name in columns:
-        values, feature = encode_column([row[name] for row in made])
-        dataset = dataset.add_column(name, values, feature=feature)
-    return dataset
+    mapped = to_dataset(made)
+    kept = [name for name in dataset.column_names if name not in columns]
+    return concatenate_datasets([dataset.select_columns(kept), mapped], axis=1) if kept else mapped
 
 
 def _load_local(path: Path, split: str, privileged_key: str | None) -> Dataset:

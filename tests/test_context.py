@@ -558,5 +558,5 @@ def test_tokenizers_without_a_usable_chat_template():
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="has no chat template"):
         ContextBuilder(tokenizer)
-    with pytest.raises(ModelError, match=r"cannot render a single user turn: .*broken"):
+    with pytest.raises(ModelError, match=r"cannot render a single user turn of text: .*broken"):
         builder("{{ raise_exception('broken') }}")

@@ -313,6 +313,14 @@ def test_a_mapped_column_replaces_one_of_its_name():
     rows = [{"messages": "Hi", "x": 1}]
     dataset = map_columns(to_dataset(rows), {"messages": [{"role": "user", "content": "{{ messages }}!"}]})
     assert dataset[0] == {"x": 1, "messages": [{"role": "user", "content": "Hi!"}]}
+    dataset = map_columns(to_dataset([{"q": "Hi"}]), {"q": "{{ q }}!"})  # no column is left over
+    assert dataset[:] == {"q": ["Hi!"]}
+
+
+def test_a_slice_is_mapped_in_its_own_order(tmp_path):
+    path = write_jsonl(tmp_path / "qa.jsonl", [*QA, {**QA[0], "answer": "four"}])
+    dataset = load_rows(path, split="train[1:]", columns=QA_COLUMNS)
+    assert [r["messages"][1]["content"] for r in dataset] == [r["answer"] for r in dataset] == ["blue", "four"]
 
 
 def test_a_template_sees_every_column_it_names():
