@@ -134,13 +134,13 @@ def results_section(results: Sequence[Mapping[str, Any]]) -> str:
         if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
             between = f" <small>{interval[0]:.2f} to {interval[1]:.2f}</small>"
         rows.append(
-            f'<tr><th scope="row">{escape(result["name"])}</th>{cells}'
-            f"<td><b>{number(result.get('recovered'), '.2f')}</b>{between}</td>"
+            f'<tr><th scope="row">{escape(result["name"])}</th>'
+            f"<td><b>{number(result.get('recovered'), '.2f')}</b>{between}</td>{cells}"
             f"<td>{number(result.get('n'), 'g')}</td><td>{number(result.get('drift'), '.4f')}</td></tr>"
         )
     table = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table><thead><tr><th></th>{heads}'
-        '<th scope="col">recovered gap</th><th scope="col">n</th><th scope="col">drift</th></tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table><thead><tr><th></th>'
+        f'<th scope="col">recovered gap</th>{heads}<th scope="col">n</th><th scope="col">drift</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     return gap_bar(results[0]) + table + details_table(results[0])
