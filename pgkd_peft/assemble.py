@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .adapters import STUDENT
+from .checkpoint import load_adapter
 from .collator import DataCollatorForPrivilegedGKD
 from .config import PrivilegedGKDConfig
 from .data import DataReport, validate_rows
@@ -23,11 +24,13 @@ from .model import (
     attach_lora,
     base_of,
     compute_dtype,
+    first_line,
     guard_cpu_linear4bit,
     load_base,
     load_tokenizer,
     prepare_tokenizer,
 )
+from .readers import to_dataset
 from .teacher import adapter_state
 
 logger = logging.getLogger(__name__)
@@ -145,7 +148,7 @@ def build_student(
         what = "given settings" if quantization_config is not None else args.base_quantization
         loaded = f"base {base} loaded once ({what}, {str(training_dtype(args)).removeprefix('torch.')}); "
         if adapter:
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            model = _continue_from(model, adapter)
             guard_cpu_linear4bit(model)
             return model, f"{loaded}training continues from the adapter {adapter}"
     elif quantization_config is not None:
@@ -171,6 +174,20 @@ def build_student(
         f"{loaded}{which} r={lora.r}, alpha={lora.lora_alpha}, {targets}, dropout {lora.lora_dropout:g}: "
         f"{student.num_parameters(only_trainable=True):,} trainable parameters"
     )
+
+
+def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """The base with an adapter from a folder, every tensor of it loaded."""
+    try:
+        student = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        mismatch = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error))
+        raise ModelError(
+            f"the adapter {adapter} does not fit its base {name_of(model)!r}: {mismatch}. Was it trained on another one? "
+            "base_model_name_or_path in its adapter_config.json says which base is loaded."
+        ) from error
+    load_adapter(student, Path(adapter))  # PEFT only warns of missing tensors
+    return student
 
 
 def _check_peft_model(model: PeftModel, peft_config: PeftConfig | None) -> None:
@@ -293,10 +310,6 @@ def checked_rows(
         require_completion=args.lmbda < 1.0 and not args.seq_kd,
         skip_long=args.skip_long_prompts,
     )
-    if not isinstance(dataset, Dataset):  # a column of a Dataset has one type: a string of PI is one user message
-        key = args.privileged_key
-        as_messages = [
-            {key: [{"role": "user", "content": r[key]}]} if isinstance(r.get(key), str) else {} for r in dataset
-        ]
-        dataset = Dataset.from_list([{**row, **pi} for row, pi in zip(dataset, as_messages)])
+    if not isinstance(dataset, Dataset):
+        dataset = to_dataset(dataset)
     return (dataset.select(report.kept) if report.skipped_long else dataset), report
