@@ -183,8 +183,8 @@ def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     except (RuntimeError, ValueError) as error:
         mismatch = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error))
         raise ModelError(
-            f"the adapter {adapter} does not fit its base {name_of(model)!r}: {mismatch}. Was it trained on another one? "
-            "base_model_name_or_path in its adapter_config.json says which base is loaded."
+            f"the adapter {adapter} does not fit its base {name_of(model)!r}: {mismatch}. Was it trained on "
+            "another one? base_model_name_or_path in its adapter_config.json says which base is loaded."
         ) from error
     load_adapter(student, Path(adapter))  # PEFT only warns of missing tensors
     return student
