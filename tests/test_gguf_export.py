@@ -107,6 +107,8 @@ def test_metadata_and_vocabulary(tmp_path):
     assert fields["general.architecture"] == "llama"
     assert (fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]) == (4, 2)
     assert (fields["llama.rope.dimension_count"], fields["llama.block_count"]) == (16, 2)
+    assert fields["llama.rope.freq_base"] == 10000.0
+    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert fields["tokenizer.ggml.add_bos_token"] is False
@@ -221,6 +223,17 @@ def test_unknown_tokenizers_are_refused(tmp_path):
     backend = json.loads(bpe_tokenizer().backend_tokenizer.to_str())
     with pytest.raises(ModelError, match="SentencePiece"):
         pre_tokenizer_name({**backend, "model": {**backend["model"], "byte_fallback": True}})
+
+
+def test_a_file_that_does_not_read_back_is_removed(tmp_path, monkeypatch):
+    adapter = trained_run(tmp_path)
+    write = gguf.GGUFWriter.write_tensor_data
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "write_tensor_data", lambda self, array: write(self, array + array.dtype.type(1))
+    )
+    with pytest.raises(ModelError, match="does not read back as it was written: blk"):
+        export_adapter(adapter, str(tmp_path / "m.gguf"), format="gguf", **QUIET)
+    assert not list(tmp_path.glob("*gguf*"))
 
 
 def test_a_file_that_is_not_the_trained_model_is_reported(tmp_path, monkeypatch):
