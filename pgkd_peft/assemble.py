@@ -181,7 +181,9 @@ def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     try:
         student = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (RuntimeError, ValueError) as error:
-        mismatch = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error))
+        mismatch = next(
+            (line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error)
+        ).rstrip(".")
         raise ModelError(
             f"the adapter {adapter} does not fit its base {name_of(model)!r}: {mismatch}. Was it trained on "
             "another one? base_model_name_or_path in its adapter_config.json says which base is loaded."

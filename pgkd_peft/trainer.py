@@ -472,7 +472,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
         """The adapter, the tokenizer with its chat template, and the model card; the base is checked first."""
         run_dir = str(self.args.output_dir)
         output_dir = output_dir or run_dir
-        self.frozen.verify(f"when saving {output_dir}")
+        self.frozen.verify(f"when saving {Path(output_dir).name}")
         if not self.args.should_save:
             return
         with replacing(output_dir) if self._staging is None else contextlib.nullcontext(output_dir) as folder:

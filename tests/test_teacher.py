@@ -107,6 +107,8 @@ def test_everything_is_put_back(which, training):
     Teacher(model, "initial")
     model.train(training)
     next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp")).train(not training)  # modes may be mixed
+    next(p for n, p in model.named_parameters() if "lora_A.default" in n).requires_grad_(False)  # and gradients as well
+    next(p for n, p in model.named_parameters() if n.endswith("norm.weight")).requires_grad_(True)
     before = snapshot(model)
     with adapter_state(model, which):
         assert not any(m.training for m in model.modules())
