@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from tiny import ROWS, byte_tokenizer, tiny_model
 
+from pgkd_peft import DataCollatorForPrivilegedGKD
 from pgkd_peft.preflight import (
     Clock,
     Cost,
@@ -121,12 +122,12 @@ def test_whole_preflight_measures_each_phase_and_leaves_nothing(make_config, tmp
 
 
 def test_last_step_is_the_worst_case(make_config, tmp_path):
-    class Watched(ProbeTrainer):
-        seen: list[list[int]] = []  # noqa: RUF012
+    seen = []
 
+    class Watched(ProbeTrainer):
         def write_and_read(self, rows, *, on_policy):
             rows = super().write_and_read(rows, on_policy=on_policy)
-            self.seen.append([len(row.completion) for row in rows])
+            seen.append((list(self.stop_ids), sorted(len(row.teacher_prompt) for row in rows), rows))
             return rows
 
     def watched(args, dataset):
@@ -134,8 +135,12 @@ def test_last_step_is_the_worst_case(make_config, tmp_path):
 
     config = make_config(max_new_tokens=9, per_device_train_batch_size=2)
     preflight(watched, config, to_dataset(ROWS), console(), str(tmp_path))
-    assert len(Watched.seen) == 2
-    assert Watched.seen[-1] == [9, 9]
+    (stops, _, _), (last_stops, last_lengths, last_rows) = seen
+    assert stops
+    assert last_stops == []
+    assert [len(row.completion) for row in last_rows] == [9, 9]
+    collator = DataCollatorForPrivilegedGKD(byte_tokenizer())
+    assert last_lengths == sorted(len(collator.encode(row)["teacher_ids"]) for row in ROWS)[-2:]
 
 
 def test_memory_verdict_names_the_phase_and_the_setting():
