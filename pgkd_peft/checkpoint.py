@@ -342,10 +342,10 @@ def _readable(folder: str | None) -> Iterator[None]:
     try:
         yield
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise CheckpointError(
             f"the optimizer, scheduler or random state in {folder} cannot be read, so it is damaged or was written by "
-            f"someone else ({text.partition('. ')[0]}). Resume from another checkpoint, or start a new run from its adapter."
+            f"someone else ({text}). Resume from another checkpoint, or start a new run from its adapter."
         ) from error
 
 
