@@ -29,7 +29,7 @@ CLIP_MODES = ("entry", "token", "rescale")
 MASKED = -1e4  # stands for a logit of -inf: probability 0, and products with it stay finite
 HALF_SCALE = 1024.0  # fp16 gradients of logits are multiplied by it, or most of them would underflow
 CAST_BLOCK_BYTES = 2**22  # of the head's weight that are cast to another dtype at a time
-CACHE_BLOCK = 2**18  # logits a thread that the elementwise part works on at a time on CPU: 1 MiB in fp32
+CACHE_BLOCK = 2**20  # logits that the elementwise part works on at a time on CPU: it makes seven passes over them
 
 Head: TypeAlias = Tensor | nn.Module | Callable[[Tensor], Tensor]
 
@@ -405,7 +405,7 @@ def _chunk(zs: Tensor, zt: Tensor, ids: Tensor | None, task: _Task, grad: Tensor
     kernel = _fused if zs.is_cuda else _rows
     block = zs.shape[0]
     if not zs.is_cuda:
-        block = max(1, CACHE_BLOCK // max(1, zs.shape[1])) * torch.get_num_threads()
+        block = max(1, min(CACHE_BLOCK, int(task.chunk_mib * 2**20) // 40) // zs.shape[1])
     stats = []
     for start in range(0, zs.shape[0], max(1, block)):
         rows = slice(start, start + block)

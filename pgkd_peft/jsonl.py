@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def append_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
@@ -35,7 +35,7 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     records = []
     for line in text.split("\n"):
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=lambda _: None)
         except ValueError:
             continue
         if isinstance(record, dict):
@@ -53,6 +53,11 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
     partial.unlink(missing_ok=True)
     append_lines(partial, kept)
     partial.replace(path)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number (and not a truth value)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import sys
 import time
 from collections import defaultdict, deque
@@ -23,7 +22,7 @@ from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers import trainer as transformers_trainer
 
-from .jsonl import append_lines, drop_after
+from .jsonl import append_lines, drop_after, is_number
 from .token_text import visible
 
 if TYPE_CHECKING:
@@ -319,11 +318,6 @@ class LiveView(TrainerCallback):
         prompt = "…" + prompt[-(width - 10) :] if len(prompt) > width - 10 else prompt
         answer = answer[: room - 1] + "…" if len(answer) > room else answer
         return [Text.assemble(("rollout ", "bold"), (prompt, "dim")), Text(answer or "(empty)", style="italic")]
-
-
-def is_number(value: Any) -> bool:
-    """A finite number (and not a truth value)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def clock(seconds: float | None) -> str:

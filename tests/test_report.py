@@ -178,12 +178,14 @@ def test_results_from_both_files_once_with_controls(tmp_path):
 def test_damaged_and_foreign_content_does_not_break_the_page(tmp_path):
     folder = fill(tmp_path / "run")
     with (folder / "traces.jsonl").open("a") as file:
-        file.write('{"step": 4}\n{"step": 5, "tokens": ["a"], "divergence": []}\n[1]\n{"step": 6, "tok')
+        file.write(json.dumps(trace(5, divergence=[0.1])) + "\n")  # fewer numbers than tokens
+        file.write(json.dumps(trace(7, divergence=[float("nan"), 0.1, 0.2, 0.3])) + "\n")
+        file.write('{"step": 4}\n[1]\n{"step": 6, "tok')
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "divergence": NaN}\nnull\n{"step": "x"}\n')
     (folder / "summary.json").write_text('{"base": "high", "columns": 3, "controls": "no", "recovered_interval": [1]}')
     page = Page(write_report(folder).read_text(encoding="utf-8"))
-    assert [t["step"] for t in json.loads(page.scripts[0])["traces"]] == [1, 3, 3]
+    assert [t["step"] for t in json.loads(page.scripts[0])["traces"]] == [1, 3, 3, 7]
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ConfigError, match=r"no run folder.*metrics\.jsonl"):

@@ -1,0 +1,282 @@
+"""`pgkd eval`: base, base with PI, student, student with PI on held-out rows; drift on neutral prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import Parser
+from .errors import ConfigError, DataError
+from .sources import load_named
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from rich.table import Table
+
+    from .adapter_run import AdapterRun
+    from .collator import DataCollatorForPrivilegedGKD
+    from .evaluate import Evaluation
+
+RESULTS_FILE = "eval_results.json"
+ANSWERS_FILE = "eval_answers.jsonl"
+
+DESCRIPTION = """Judge a trained adapter on rows that it was not trained on: how much of what the privileged information
+(PI) gives the base has the student taken up (the recovered gap), and how far has it moved from the base elsewhere."""
+
+
+@dataclass
+class EvalArguments:
+    """What to judge on, and how. Defaults come from the run folder: its data's test split, its placement of PI."""
+
+    _argument_group_name = "evaluation"
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows: as --dataset_name of pgkd train. Default: that of the run."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Default: train for a single file, else the run's dataset_test_split."}
+    )
+    columns: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Column templates, as for pgkd train. Default: those of the run."}
+    )
+    scorer: str = field(
+        default="contains",
+        metadata={"help": "exact, contains, regex, numeric, choice, or module:function for one of your own."},
+    )
+    answer_key: str = field(
+        default="answer", metadata={"help": "Column with the reference; without it the final assistant message."}
+    )
+    group_key: str | None = field(
+        default=None, metadata={"help": "Column that marks rows which belong together, for the bootstrap interval."}
+    )
+    neutral_dataset_name: str | None = field(
+        default=None, metadata={"help": "Prompts on which the student should answer as the base does: drift."}
+    )
+    neutral_dataset_split: str = field(default="train", metadata={"help": "Split of neutral_dataset_name."})
+    text_file: str | None = field(default=None, metadata={"help": "A text whose perplexity is measured."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first n rows."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Length limit of an answer."})
+    hint_phrases: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions of answers that speak of the hint, instead of the usual."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
+    show: int = field(default=4, metadata={"help": "Answers to show side by side."})
+    out: str | None = field(default=None, metadata={"help": f"Where to write {RESULTS_FILE}; default: the adapter's."})
+    base_model: str | None = field(default=None, metadata={"help": "The base, when it is no longer where it was."})
+    base_quantization: str | None = field(
+        default=None, metadata={"help": "How to load the base: nf4, int8 or none. Default: as in training."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.columns, str):
+            self.columns = json.loads(self.columns)
+        for name, least in (("max_new_tokens", 1), ("limit", 1), ("show", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be {least} or more")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate an adapter; results go to the console, to eval_results.json and into the model card."""
+    rest = list(argv)
+    adapter = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    (args,) = Parser([EvalArguments], "pgkd eval ADAPTER", DESCRIPTION).parse(rest)
+    if adapter is None:
+        raise ConfigError("missing is the adapter: pgkd eval ADAPTER [options], e.g. the run folder of a training")
+    return run_eval(adapter, args)
+
+
+def run_eval(adapter: str, args: EvalArguments) -> int:
+    """The body of :func:`main`. Rows and references are checked before the model is loaded."""
+    from rich.console import Console
+
+    from .adapter_run import read_run
+    from .data import validate_rows
+    from .evaluate import HINT_PHRASES, evaluate, measure_drift, perplexity
+    from .scorers import check_scorable, make_scorer
+    from .teacher import adapter_state
+
+    console = Console()
+    run = read_run(adapter, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
+    collator = collator_of(run)
+    scorer = make_scorer(args.scorer, answer_key=args.answer_key)
+    rows = held_out_rows(run, args)
+    validate_rows(rows, collator)
+    check_scorable(rows, scorer)
+    if args.group_key is not None and any(args.group_key not in row for row in rows):
+        raise DataError(f"group_key is {args.group_key!r}, a column that the rows do not have")
+    neutral = None
+    if args.neutral_dataset_name is not None:
+        neutral = list(load_named(args.neutral_dataset_name, split=args.neutral_dataset_split))
+        validate_rows(neutral, collator)
+    text = Path(args.text_file).read_text(encoding="utf-8") if args.text_file else None
+
+    model = load_student(run)
+    result = evaluate(
+        model,
+        collator,
+        rows,
+        scorer,
+        max_new_tokens=args.max_new_tokens,
+        group_key=args.group_key,
+        phrases=args.hint_phrases or HINT_PHRASES,
+        seed=args.seed,
+    )
+    if neutral is not None:
+        drift = measure_drift(model, collator, neutral)
+        result.extra.update(drift=drift.kl, drift_details=asdict(drift))
+    if text is not None:
+        ids = collator.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for name, which in (("base", "disabled"), ("student", "shared")):
+            with adapter_state(model, which) as weights:
+                result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
+
+    show(result, console, args.show)
+    out = Path(args.out or run.folder / RESULTS_FILE)
+    settings = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
+    write_results(result, out, settings)
+    console.print(f"Results: {out}; every answer: {out.with_name(ANSWERS_FILE)}")
+    return 0
+
+
+def held_out_rows(run: AdapterRun, args: EvalArguments) -> list[Mapping[str, Any]]:
+    """The rows to judge on: those that were asked for, else the test split of the data that the run was told of."""
+    recipe = run_recipe(run)
+    name = args.dataset_name or recipe.get("eval_dataset_name") or recipe.get("dataset_name")
+    if name is None:
+        raise ConfigError("nothing says which rows to judge on; give --dataset_name FILE")
+    split = args.dataset_split
+    if split is None:
+        split = "train" if Path(name).is_file() else recipe.get("dataset_test_split", "test")
+    columns = args.columns
+    if columns is None and name in (recipe.get("dataset_name"), recipe.get("eval_dataset_name")):
+        columns = recipe.get("columns")
+    rows = load_named(
+        name,
+        split=split,
+        config_name=args.dataset_config or recipe.get("dataset_config"),
+        columns=columns if isinstance(columns, dict) else None,
+        privileged_key=privileged_key(run),
+    )
+    return list(rows)[: args.limit]
+
+
+def run_recipe(run: AdapterRun) -> dict[str, Any]:
+    """What the run was told, from its folder; {} when it was not trained by `pgkd train`."""
+    import yaml
+
+    path = (run.run_folder or run.folder) / "recipe.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def privileged_key(run: AdapterRun) -> str:
+    return str(run.info.get("config", {}).get("privileged_key", "privileged_messages"))
+
+
+def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
+    """The collator that the run trained with, from its tokenizer and run.json; the defaults where that says nothing."""
+    from .collator import DataCollatorForPrivilegedGKD
+    from .model import load_tokenizer
+
+    source = run.folder if (run.folder / "tokenizer_config.json").is_file() else run.base
+    names = ("privileged_key", "max_length", "max_privileged_length", "privileged_placement", "privileged_template")
+    settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
+    return DataCollatorForPrivilegedGKD(load_tokenizer(str(source)), **settings)
+
+
+def load_student(run: AdapterRun) -> PeftModel:
+    """The adapter on its base, as training held it."""
+    from peft import PeftModel
+
+    from .model import guard_cpu_linear4bit, load_base
+
+    base = load_base(
+        str(run.base), quantization=run.quantization, quantization_config=run.quantization_config, dtype=run.dtype
+    )
+    model = PeftModel.from_pretrained(base, str(run.folder))
+    guard_cpu_linear4bit(model)
+    return model.eval()
+
+
+LABELS = {
+    "base": "base",
+    "teacher": "base with PI (teacher)",
+    "student": "student",
+    "student_with_pi": "student with PI",
+}
+
+
+def show(result: Evaluation, console: Any, examples: int) -> None:
+    """The result table, the recovered gap, and a few answers side by side."""
+    from rich.table import Table
+
+    summary = result.summary()
+    table = Table(title=f"{result.n} held-out rows")
+    table.add_column("")
+    for name in ("score", "tokens", "cut off", "speaks of the hint", "PI 4-grams"):
+        table.add_column(name, justify="right")
+    for name, column in summary["columns"].items():
+        overlap = "" if column["pi_overlap"] is None else f"{column['pi_overlap']:.2f}"
+        table.add_row(
+            LABELS[name],
+            f"{column['score']:.3f}",
+            f"{column['length_tokens']:.1f}",
+            f"{column['truncated']:.2f}",
+            f"{column['hint_share']:.2f}",
+            overlap,
+        )
+    console.print(table)
+    console.print(recovered_line(summary))
+    if "drift" in summary:
+        details = summary["drift_details"]
+        console.print(
+            f"drift: {summary['drift']:.4f} nats/token KL(base || student) over {details['tokens']} tokens of "
+            f"{details['prompts']} neutral prompts; top-1 agreement {details['top1_agreement']:.3f}"
+        )
+    if "perplexity_base" in summary:
+        console.print(f"perplexity: base {summary['perplexity_base']:.2f}, student {summary['perplexity_student']:.2f}")
+    if examples:
+        console.print(answers_table(result, examples))
+
+
+def recovered_line(summary: Mapping[str, Any]) -> str:
+    if summary["recovered"] is None:
+        return "recovered gap: none to recover, the teacher with PI is not better than the base"
+    line = f"recovered gap: {summary['recovered']:.3f}"
+    if summary["recovered_interval"]:
+        low, high = summary["recovered_interval"]
+        groups = "" if summary["groups"] == summary["n"] else f" in {summary['groups']} groups"
+        level = summary["recovered_interval_level"]
+        line += f" ({level:.0%} interval {low:.2f} to {high:.2f}, n={summary['n']}{groups}, bootstrap)"
+    return line
+
+
+def answers_table(result: Evaluation, count: int) -> Table:
+    """`count` rows, spread over the set: prompt, base, teacher and student, with what was right in green."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Answers side by side", show_lines=True)
+    table.add_column("prompt", ratio=3)
+    for name in result.answers:
+        table.add_column(LABELS[name], ratio=3)
+    step = max(1, result.n // count)
+    for i in list(range(0, result.n, step))[:count]:
+        cells = [
+            Text(answers[i][:300], style="green" if result.scores[name][i] >= 1 else "")
+            for name, answers in result.answers.items()
+        ]
+        table.add_row(Text(result.prompts[i][-300:]), *cells)
+    return table
+
+
+def write_results(result: Evaluation, path: Path, settings: Mapping[str, Any]) -> None:
+    """The summary as JSON at `path`, and every answer beside it, one line a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**result.summary(), **settings}, indent=2) + "\n", encoding="utf-8")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records()]
+    path.with_name(ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Data and recipes that come by name: those of this package, and data sets that other packages ship.
+
+``builtin:facts`` is the folder `examples/data`; ``chatterbot-corpus:trivia`` reads a topic of the package
+chatterbot-corpus. Any other name is left to :func:`pgkd_peft.data.load_rows`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_IN_REPOSITORY = {"data": "examples/data", "recipes": "recipes"}
+HOLD_OUT_EVERY = 5
+"""Of a package's set without splits, every fifth row is its split `test`."""
+
+
+def shipped(kind: str) -> Path:
+    """The folder with the package's own `data` or `recipes`: beside the code when installed, else in the repository."""
+    package = Path(__file__).parent
+    installed = package / "assets" / kind
+    return installed if installed.is_dir() else package.parent / _IN_REPOSITORY[kind]
+
+
+def load_named(
+    name: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    privileged_key: str = "privileged_messages",
+) -> Dataset:
+    """:func:`pgkd_peft.data.load_rows`, which also knows the names ``builtin:…`` and ``chatterbot-corpus:…``.
+
+    Raises:
+        DataError: there is no such set, or its package is not installed; the message has the command.
+    """
+    from .data import load_rows, map_columns
+
+    source, _, topic = name.partition(":")
+    if source == "builtin":
+        if topic != "facts":
+            raise DataError(f"there is no built-in data set {topic!r}; there is builtin:facts")
+        name = str(shipped("data"))
+    elif source in _PACKAGES:
+        dataset = _of_split(_PACKAGES[source](topic), name, split)
+        return map_columns(dataset, columns) if columns else dataset
+    return load_rows(name, split=split, config_name=config_name, columns=columns, privileged_key=privileged_key)
+
+
+def model_path(name: str) -> str:
+    """The path of ``builtin:SmolLM2-135M-Instruct``, which is converted once; any other name as it is.
+
+    Raises:
+        ModelError: there is no such built-in model, or its package is not installed; the message has the command.
+    """
+    if not name.startswith("builtin:"):
+        return name
+    from .model import DEMO_MODEL, demo_model_path
+
+    if name != f"builtin:{DEMO_MODEL}":
+        raise ModelError(f"there is no built-in model {name!r}; there is builtin:{DEMO_MODEL}")
+    return demo_model_path()
+
+
+def _of_split(rows: list[dict[str, Any]], name: str, split: str) -> Dataset:
+    from .readers import to_dataset
+
+    held_out = [i % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 for i in range(len(rows))]
+    if split not in ("train", "test"):
+        raise DataError(f"{name} has the splits train and test (every {HOLD_OUT_EVERY}th row), not {split!r}")
+    return to_dataset([row for row, out in zip(rows, held_out) if out == (split == "test")])
+
+
+def _chatterbot_corpus(topic: str) -> list[dict[str, Any]]:
+    """A topic of chatterbot-corpus (BSD-3-Clause): rows of `question` and `answer`, no question twice."""
+    import yaml
+
+    folder = _package_folder("chatterbot_corpus", "chatterbot-corpus==1.3.3") / "data" / "english"
+    path = folder / f"{topic}.yml"
+    if not path.is_file():
+        topics = ", ".join(sorted(p.stem for p in folder.glob("*.yml")))
+        raise DataError(f"chatterbot-corpus has no English topic {topic!r}; it has: {topics}")
+    conversations = yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]
+    pairs = {c[0].strip(): c[1].strip() for c in reversed(conversations) if isinstance(c, list) and len(c) == 2}
+    return [{"question": question, "answer": answer} for question, answer in reversed(pairs.items())]
+
+
+def _package_folder(package: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"this data set comes with the package {package}. Run: pip install {requirement}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+_PACKAGES: dict[str, Callable[[str], list[dict[str, Any]]]] = {"chatterbot-corpus": _chatterbot_corpus}

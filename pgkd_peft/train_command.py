@@ -1,0 +1,115 @@
+"""`pgkd train`: arguments -> data -> trainer -> adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import (
+    DataArguments,
+    ModelArguments,
+    lora_config,
+    parse_train,
+    quantization_config,
+)
+from .checkpoint import check_run_folder
+from .config import PrivilegedGKDConfig
+from .sources import load_named
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .trainer import PrivilegedSelfDistillTrainer
+
+RECIPE_FILE = "recipe.yaml"
+NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
+
+DESCRIPTION = """Train a LoRA adapter on one base model, so that it answers without privileged information (PI) as the
+base answers with it. Any option can stand in a YAML recipe (--config), and overrides it as a flag."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; the adapter, its model card and the logs are in `output_dir` afterwards."""
+    data, model, config = parse_train(argv, description=DESCRIPTION)
+    trainer = train(data, model, config)
+    if trainer.is_world_process_zero():
+        folder = config.output_dir
+        print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
+        print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {folder}-merged")
+    return 0
+
+
+def train(
+    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
+) -> PrivilegedSelfDistillTrainer:
+    """Load the data, train, save.
+
+    Raises:
+        PGKDError: a mistake in the arguments or the data, found before the model is loaded.
+        RunInterrupted: a signal ended the run after a checkpoint was saved.
+    """
+    assert config.output_dir is not None
+    checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
+    checkpoint = checkpoint or config.resume_from_checkpoint
+    train_dataset, eval_dataset = load_datasets(data, config)
+    peft_config = lora_config(model)
+
+    from .live import MetricsFileCallback, install
+    from .trainer import PrivilegedSelfDistillTrainer
+
+    trainer = PrivilegedSelfDistillTrainer(
+        model=model.model_name_or_path,
+        teacher_model=config.teacher_model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        peft_config=peft_config,
+        quantization_config=quantization_config(model, config),
+    )
+    trainer.add_callback(MetricsFileCallback())
+    install(trainer)
+    if trainer.is_world_process_zero():
+        write_recipe(Path(config.output_dir) / RECIPE_FILE, data.told)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    return trainer
+
+
+def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those to evaluate on when ``eval_strategy`` asks for it.
+
+    Raises:
+        DataError: the data cannot be read or mapped.
+    """
+
+    def load(name: str | None, split: str) -> Dataset:
+        assert name is not None
+        return load_named(
+            name,
+            split=split,
+            config_name=data.dataset_config,
+            columns=data.columns if isinstance(data.columns, dict) else None,
+            privileged_key=config.privileged_key,
+        )
+
+    train_dataset = load(data.dataset_name, data.dataset_train_split)
+    if config.eval_strategy == "no":
+        return train_dataset, None
+    if data.eval_dataset_name is not None:
+        single_file = Path(data.eval_dataset_name).is_file()
+        return train_dataset, load(data.eval_dataset_name, "train" if single_file else data.dataset_test_split)
+    return train_dataset, load(data.dataset_name, data.dataset_test_split)
+
+
+def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
+    """What the run was told, as a recipe that trains the same again."""
+    import yaml
+
+    recipe = {key: value for key, value in told.items() if key not in NOT_IN_RECIPE}
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env -S pgkd train --config\n# What the run in this folder was told.\n" + text, "utf-8")
