@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .adapters import STUDENT
-from .checkpoint import load_adapter
 from .collator import DataCollatorForPrivilegedGKD
 from .config import PrivilegedGKDConfig
 from .data import DataReport, validate_rows
@@ -31,6 +30,7 @@ from .model import (
     prepare_tokenizer,
 )
 from .readers import to_dataset
+from .resume import load_adapter
 from .teacher import adapter_state
 
 logger = logging.getLogger(__name__)

@@ -97,7 +97,9 @@ def merge_adapter(
     ):
         if value not in accepted and not (flag == "requantize" and value is None):
             raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
-    target = _free_target(Path(out), force)
+    if tolerance is not None and not tolerance > 0:
+        raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
+    target = _free_target(Path(out).resolve(), force)
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
     rows = read_prompts(run, prompts) if verify else None
     _refuse_zero_adapter(run)
@@ -118,9 +120,13 @@ def merge_adapter(
     report.untied = weights.untied
     folder = target.with_name(target.name + ".partial")
     survived = write_checkpoint(weights, folder, dtype, log=log)
-    _entersurvived(report, *survived, log)
-    if requantize is not None:
-        folder = _requantize(report, folder, requantize, force)
+    try:
+        _enter_survived(report, *survived, log)
+        if requantize is not None:
+            folder = _requantize(report, folder, requantize, force)
+    except (VerificationError, ConfigError):
+        shutil.rmtree(folder)  # refused for good: nothing there is worth keeping
+        raise
     if rows is not None:
         with TrainedModel(
             run,
@@ -168,7 +174,7 @@ def _refuse_zero_adapter(run: AdapterRun) -> None:
             )
 
 
-def _entersurvived(report: MergeReport, cast: Surviving, four_bit: Surviving, log: Callable[[str], None]) -> None:
+def _enter_survived(report: MergeReport, cast: Surviving, four_bit: Surviving, log: Callable[[str], None]) -> None:
     report.surviving_share, report.rounding_noise = cast.share, cast.noise
     report.four_bit_share, report.four_bit_noise = four_bit.share, four_bit.noise
     if cast.changed == 0:

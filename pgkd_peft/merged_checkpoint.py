@@ -56,12 +56,14 @@ def write_checkpoint(
         each linear layer).
 
     Raises:
-        ModelError: a weight does not fit into the dtype.
+        ModelError: a weight does not fit into the dtype, or the model not onto the disk.
     """
     shapes = weights.shapes()
     plan = _plan_shards(shapes, DTYPES[dtype].itemsize, shard_bytes)
     fingerprint = _fingerprint(weights, dtype, list(plan))
     done = _finished_shards(folder, fingerprint)
+    missing = [key for name, keys in plan.items() if name not in done for key in keys]
+    _check_room(folder, DTYPES[dtype].itemsize * sum(torch.Size(shapes[key]).numel() for key in missing))
     for name, keys in plan.items():
         if name not in done:
             done[name] = _write_shard(weights, keys, folder / name, DTYPES[dtype])
@@ -72,6 +74,15 @@ def write_checkpoint(
     copy_tokenizer(weights.run, folder)
     cast, four_bit = (Surviving.total(shard[part] for shard in done.values()) for part in ("cast", "four_bit"))
     return cast, four_bit
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB more; make room "
+            "or give another --out (finished shards are kept)"
+        )
 
 
 def _write_shard(weights: MergedWeights, keys: list[str], path: Path, dtype: torch.dtype) -> dict[str, Any]:

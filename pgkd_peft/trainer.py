@@ -38,7 +38,7 @@ from .assemble import (
     find_tokenizer,
     teacher_tokenizer,
 )
-from .checkpoint import CheckpointMixin, explain_full_disk, find_checkpoint, replacing
+from .checkpoint import explain_full_disk, find_checkpoint, replacing
 from .collator import DataCollatorForPrivilegedGKD, stop_ids
 from .config import PrivilegedGKDConfig
 from .console import show_log_lines
@@ -49,6 +49,7 @@ from .interrupt import interruptible
 from .memory import memory_for
 from .metrics import means_of
 from .model import base_of
+from .resume import CheckpointMixin
 from .rollout import RolloutEngine, generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .run_info import RunInfo

@@ -193,6 +193,7 @@ def test_view_fits_any_terminal(make_trainer, width, height):
     lines = text.splitlines()
     assert max(Text(line).cell_len for line in lines) <= width
     assert "\x1b" not in text
+    assert len(view._phases(width - 4).plain.splitlines()[0]) == width - 4  # one bar, whatever a phase's share
     if height >= 24:
         assert "[bold]p" in text
     else:

@@ -195,8 +195,15 @@ def test_adapter_that_adds_nothing_is_refused(run, tmp_path):
     scale_b(adapter, 0.0)
     with pytest.raises(VerificationError, match="all zeros"):
         merge_adapter(adapter, str(tmp_path / "out2"), **QUIET)
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out2").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_disk_without_room_is_noticed_before_the_work(run, tmp_path, monkeypatch):
+    adapter, _ = run
+    usage = merged_checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(merged_checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(ModelError, match=r"has 0.0 GB free, the merged model needs 0.\d GB more"):
+        merge_adapter(adapter, str(tmp_path / "out"), **QUIET)
 
 
 def test_requantizing_is_refused_with_the_numbers_and_can_be_forced(run, tmp_path):
@@ -205,7 +212,7 @@ def test_requantizing_is_refused_with_the_numbers_and_can_be_forced(run, tmp_pat
     out = str(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"--requantize nf4 is refused.* In 4 bits, -?\d+\.\d% .*would survive"):
         merge_adapter(adapter, out, requantize="nf4", **QUIET)
-    assert not Path(out).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "run"]
     report = merge_adapter(adapter, out, requantize="nf4", force=True, **QUIET)
     assert report.four_bit_share < 0.5
     assert json.loads((Path(out) / "config.json").read_text())["quantization_config"]["load_in_4bit"]
@@ -287,6 +294,8 @@ def test_overflow_in_fp16_is_refused_by_name(run, tmp_path):
     [
         ({"base": "W16"}, "--base is 'W16'; accepted are dequantized, original"),
         ({"dtype": "float16"}, "--dtype is 'float16'; accepted are bf16, fp16, fp32"),
+        ({"tolerance": 0.0}, "--tolerance is 0.0; give a KL"),
+        ({"tolerance": float("nan")}, "--tolerance is nan; give a KL"),
         ({"requantize": "gptq"}, "--requantize is 'gptq'; accepted are nf4, int8"),
     ],
 )

@@ -26,12 +26,12 @@ from pgkd_peft.checkpoint import (
     publish,
     remove_leftovers,
     rotate,
-    trim_log,
     verify,
 )
 from pgkd_peft.errors import ConfigError
 from pgkd_peft.health import HealthCallback
 from pgkd_peft.memory import OutOfMemoryError, is_out_of_memory, memory_for
+from pgkd_peft.resume import trim_log
 from pgkd_peft.rollout import generate
 from pgkd_peft.scoring import Row
 from pgkd_peft.trainer import NonFiniteLossError

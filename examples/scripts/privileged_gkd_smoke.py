@@ -66,7 +66,7 @@ def main() -> None:
         )
         result = trainer.train()
         trainer.save_model()
-        print(f"one step done: loss {result.training_loss:.4f} nats/token; the adapter was saved and the base is unchanged")
+        print(f"one step done, loss {result.training_loss:.4f} nats/token; the adapter is saved, the base unchanged")
 
 
 if __name__ == "__main__":
