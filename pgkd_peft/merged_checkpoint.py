@@ -80,8 +80,8 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ModelError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB more; make room "
-            "or give another --out (finished shards are kept)"
+            f"{folder.parent} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB more; make "
+            "room, or give another --out (finished shards are kept)"
         )
 
 
