@@ -183,6 +183,11 @@ _SCORERS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
+def at_most_five_words(answer: str, row: Mapping[str, Any]) -> float:
+    """1 for an answer of one to five words, whatever it says: ``pgkd_peft.scorers:at_most_five_words``."""
+    return float(1 <= len(answer.split()) <= 5)
+
+
 def _own_function(spec: str) -> Scorer:
     module, _, name = spec.partition(":")
     try:
