@@ -1,7 +1,7 @@
 """Data and recipes that come by name: those of this package, and data sets that other packages ship.
 
-``builtin:facts`` is the folder `examples/data`; ``chatterbot-corpus:trivia`` reads a topic of the package
-chatterbot-corpus. Any other name is left to :func:`pgkd_peft.data.load_rows`.
+``builtin:facts`` is the folder `examples/data`, ``builtin:facts_heldout`` a file in it; ``chatterbot-corpus:trivia``
+reads a topic of the package chatterbot-corpus. Any other name is left to :func:`pgkd_peft.data.load_rows`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,32 @@ def load_named(
     from .data import load_rows, map_columns
 
     source, _, topic = name.partition(":")
-    if source == "builtin":
-        if topic != "facts":
-            raise DataError(f"there is no built-in data set {topic!r}; there is builtin:facts")
-        name = str(shipped("data"))
-    elif source in _PACKAGES:
+    if source in _PACKAGES:
         dataset = _of_split(_PACKAGES[source](topic), name, split)
         return map_columns(dataset, columns) if columns else dataset
-    return load_rows(name, split=split, config_name=config_name, columns=columns, privileged_key=privileged_key)
+    path = data_path(name)
+    return load_rows(path, split=split, config_name=config_name, columns=columns, privileged_key=privileged_key)
+
+
+def data_path(name: str) -> str:
+    """The path behind ``builtin:facts`` (a folder) and ``builtin:facts_heldout`` (a file); any other name as it is.
+
+    Raises:
+        DataError: there is no such built-in set.
+    """
+    source, _, topic = name.partition(":")
+    if source != "builtin":
+        return name
+    folder = shipped("data")
+    found = {"facts": folder, **{path.stem: path for path in sorted(folder.glob("*.jsonl"))}}
+    if topic not in found:
+        raise DataError(f"there is no built-in data set {topic!r}; there are: {', '.join(found)}")
+    return str(found[topic])
+
+
+def split_of(name: str, split: str) -> str:
+    """`split`, or the one split that a single file has."""
+    return "train" if Path(data_path(name)).is_file() else split
 
 
 def model_path(name: str) -> str:
@@ -88,8 +106,11 @@ def _chatterbot_corpus(topic: str) -> list[dict[str, Any]]:
         topics = ", ".join(sorted(p.stem for p in folder.glob("*.yml")))
         raise DataError(f"chatterbot-corpus has no English topic {topic!r}; it has: {topics}")
     conversations = yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]
-    pairs = {c[0].strip(): c[1].strip() for c in reversed(conversations) if isinstance(c, list) and len(c) == 2}
-    return [{"question": question, "answer": answer} for question, answer in reversed(pairs.items())]
+    pairs: dict[str, str] = {}
+    for turns in conversations:
+        if isinstance(turns, list) and len(turns) == 2:
+            pairs.setdefault(turns[0].strip(), turns[1].strip())
+    return [{"question": question, "answer": answer} for question, answer in pairs.items()]
 
 
 def _package_folder(package: str, requirement: str) -> Path:
