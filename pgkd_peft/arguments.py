@@ -57,13 +57,23 @@ class DataArguments:
     told: dict[str, Any] = field(init=False, default_factory=dict)  # what recipe and flags said, and nothing else
 
     def __post_init__(self) -> None:
-        if isinstance(self.columns, str):
-            try:
-                self.columns = json.loads(self.columns)
-            except ValueError as error:
-                raise ConfigError(f"columns is {self.columns!r}, which is not JSON: {error}") from error
-        if self.columns is not None and not isinstance(self.columns, Mapping):
-            raise ConfigError(f"columns is {self.columns!r}; it must map target columns to templates")
+        self.columns = column_templates(self.columns)
+
+
+def column_templates(columns: Any) -> dict[str, Any] | None:
+    """The value of `columns`, from YAML or as JSON text.
+
+    Raises:
+        ConfigError: it is no mapping.
+    """
+    if isinstance(columns, str):
+        try:
+            columns = json.loads(columns)
+        except ValueError as error:
+            raise ConfigError(f"columns is {columns!r}, which is not JSON: {error}") from error
+    if columns is not None and not isinstance(columns, dict):
+        raise ConfigError(f"columns is {columns!r}; it must map target columns to templates")
+    return columns
 
 
 @dataclass
@@ -111,7 +121,8 @@ class Parser(TrlParser):
         usage = f"{prog} [--config RECIPE.yaml] [--FIELD VALUE ...]"
         super().__init__(list(dataclass_types), prog=prog, usage=usage, description=description, allow_abbrev=False)
         self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file with any of these; flags override it.")
-        self._arrange_help()
+        if PrivilegedGKDConfig in self.dataclass_types:
+            self._arrange_help()
         self.told: dict[str, Any] = {}
 
     def _arrange_help(self) -> None:

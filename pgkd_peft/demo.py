@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def run(
     from rich.console import Console
 
     from .arguments import parse_train
-    from .eval_command import answers_table, recovered_line, write_results
+    from .eval_command import answers_table, recovered_line, update_card, write_results
     from .evaluate import evaluate, measure_drift
     from .scorers import make_scorer
     from .sources import load_named, shipped
@@ -68,16 +69,14 @@ def run(
     result = evaluate(
         trainer.model,
         trainer.data_collator,
-        list(load_named(str(shipped("data") / "facts_heldout.jsonl"))),
+        list(load_named("builtin:facts_heldout")),
         make_scorer("contains"),
         max_new_tokens=config.max_new_tokens,
         columns=("base", "teacher", "student"),
         group_key="fact_id",
         seed=seed,
     )
-    drift = measure_drift(
-        trainer.model, trainer.data_collator, list(load_named(str(shipped("data") / "neutral_heldout.jsonl")))
-    )
+    drift = measure_drift(trainer.model, trainer.data_collator, list(load_named("builtin:neutral_heldout")))
     seconds = time.perf_counter() - started
 
     folder = Path(output_dir)
@@ -94,7 +93,10 @@ def run(
         "steps": trainer.state.global_step,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_results(result, folder / "eval_results.json", {"scorer": "contains", "drift": drift.kl, "seed": seed})
+    result.extra.update(drift=drift.kl, drift_details=asdict(drift))
+    settings = {"scorer": "contains", "max_new_tokens": config.max_new_tokens, "seed": seed}
+    write_results(result, folder / "eval_results.json", settings)
+    update_card(folder / "README.md", result, settings)
 
     console.print(answers_table(result, 4))
     console.print(
@@ -102,9 +104,7 @@ def run(
         f"base {summary['base']:.3f}, base with PI (teacher) {summary['teacher']:.3f}, student {summary['student']:.3f}"
     )
     console.print(recovered_line(result.summary()))
-    console.print(
-        f"drift on {drift.prompts} neutral prompts: KL(base || student) {drift.kl:.4f} nats/token, {drift.tokens} tokens"
-    )
+    console.print(f"drift on {drift.prompts} neutral prompts: {drift.kl:.4f} nats/token KL(base || student)")
     console.print(f"{seconds:.0f} s, seed {seed}")
     console.print(f"\nadapter and model card  {folder}")
     console.print(f"rollouts to read        {folder / 'completions.jsonl'}")

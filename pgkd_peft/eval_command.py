@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Parser
+from .arguments import Parser, column_templates
 from .errors import ConfigError, DataError
-from .sources import load_named
+from .sources import load_named, split_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,8 +73,14 @@ class EvalArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.columns, str):
-            self.columns = json.loads(self.columns)
+        self.columns = column_templates(self.columns)
+        for phrase in self.hint_phrases or ():
+            try:
+                re.compile(phrase)
+            except re.error as error:
+                raise ConfigError(f"hint_phrases: {phrase!r} is not a regular expression: {error}") from error
+        if self.text_file is not None and not Path(self.text_file).is_file():
+            raise ConfigError(f"text_file is {self.text_file!r}, which is no file")
         for name, least in (("max_new_tokens", 1), ("limit", 1), ("show", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -130,7 +137,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         drift = measure_drift(model, collator, neutral)
         result.extra.update(drift=drift.kl, drift_details=asdict(drift))
     if text is not None:
-        ids = collator.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for name, which in (("base", "disabled"), ("student", "shared")):
             with adapter_state(model, which) as weights:
                 result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
@@ -139,7 +146,8 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     out = Path(args.out or run.folder / RESULTS_FILE)
     settings = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
     write_results(result, out, settings)
-    console.print(f"Results: {out}; every answer: {out.with_name(ANSWERS_FILE)}")
+    update_card(run.folder / "README.md", result, settings)
+    console.print(f"Results: {out}; every answer: {answers_file(out)}")
     return 0
 
 
@@ -149,9 +157,7 @@ def held_out_rows(run: AdapterRun, args: EvalArguments) -> list[Mapping[str, Any
     name = args.dataset_name or recipe.get("eval_dataset_name") or recipe.get("dataset_name")
     if name is None:
         raise ConfigError("nothing says which rows to judge on; give --dataset_name FILE")
-    split = args.dataset_split
-    if split is None:
-        split = "train" if Path(name).is_file() else recipe.get("dataset_test_split", "test")
+    split = args.dataset_split or split_of(name, recipe.get("dataset_test_split", "test"))
     columns = args.columns
     if columns is None and name in (recipe.get("dataset_name"), recipe.get("eval_dataset_name")):
         columns = recipe.get("columns")
@@ -183,8 +189,9 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
     from .model import load_tokenizer
 
     source = run.folder if (run.folder / "tokenizer_config.json").is_file() else run.base
-    names = ("privileged_key", "max_length", "max_privileged_length", "privileged_placement", "privileged_template")
+    names = ("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template")
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
+    settings["max_length"] = None  # of an answer only the prompt is read here
     return DataCollatorForPrivilegedGKD(load_tokenizer(str(source)), **settings)
 
 
@@ -274,9 +281,35 @@ def answers_table(result: Evaluation, count: int) -> Table:
     return table
 
 
+def update_card(path: Path, result: Evaluation, settings: Mapping[str, Any]) -> None:
+    """Put the results into the model card, in place of those of the same scorer that it has; without a card nothing."""
+    if not path.is_file():
+        return
+    summary = result.summary()
+    title = f"## Evaluation ({settings['scorer']})"
+    lines = [title, "", f"{result.n} held-out rows, greedy, at most {settings['max_new_tokens']} tokens.", ""]
+    lines += ["| | score | tokens | speaks of the hint |", "|---|---|---|---|"]
+    for name, column in summary["columns"].items():
+        lines.append(
+            f"| {LABELS[name]} | {column['score']:.3f} | {column['length_tokens']:.1f} | {column['hint_share']:.2f} |"
+        )
+    lines += ["", recovered_line(summary).capitalize() + "."]
+    if "drift" in summary:
+        lines += ["", f"Drift on neutral prompts: {summary['drift']:.4f} nats/token KL(base || student)."]
+    card = path.read_text(encoding="utf-8")
+    before, found, after = card.partition(title + "\n")
+    rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
+    path.write_text(f"{before.rstrip()}\n\n" + "\n".join(lines) + "\n" + rest, encoding="utf-8")
+
+
 def write_results(result: Evaluation, path: Path, settings: Mapping[str, Any]) -> None:
     """The summary as JSON at `path`, and every answer beside it, one line a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**result.summary(), **settings}, indent=2) + "\n", encoding="utf-8")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records()]
-    path.with_name(ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
+    answers_file(path).write_text("".join(lines), encoding="utf-8")
+
+
+def answers_file(results: Path) -> Path:
+    """Where the answers behind a results file lie."""
+    return results.with_name(ANSWERS_FILE) if results.name == RESULTS_FILE else results.with_suffix(".answers.jsonl")

@@ -15,7 +15,7 @@ from .arguments import (
 )
 from .checkpoint import check_run_folder
 from .config import PrivilegedGKDConfig
-from .sources import load_named
+from .sources import load_named, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,8 +100,7 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
     if config.eval_strategy == "no":
         return train_dataset, None
     if data.eval_dataset_name is not None:
-        single_file = Path(data.eval_dataset_name).is_file()
-        return train_dataset, load(data.eval_dataset_name, "train" if single_file else data.dataset_test_split)
+        return train_dataset, load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
     return train_dataset, load(data.dataset_name, data.dataset_test_split)
 
 
