@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PrinterCallback, TrainerCallback
 
+from .memory import ADVICE, OutOfMemoryError, is_out_of_memory
 from .rollout import generate
 from .scorers import Scorer, make_scorer
 from .scoring import Row, rows_of
@@ -41,13 +42,7 @@ NOTHING_TO_LEARN = 0.01
 fact that a model does not know makes 0.1 and more."""
 SAMPLED_ROWS = 8
 PHASES = ("rollout", "teacher", "student", "rest")
-TO_LOWER = {
-    "rollout": "max_new_tokens, or rollout_engine=adapter (no merged copy)",
-    "teacher": "max_privileged_length or max_new_tokens",
-    "student": "per_device_train_batch_size (raise gradient_accumulation_steps by as much: the same result), or set "
-    "gradient_checkpointing=true",
-    "rest": "lora_r (the adapter's optimizer states)",
-}
+TO_LOWER = {**ADVICE, "rest": "lower lora_r (the adapter's optimizer states)"}
 
 
 @dataclass
@@ -383,7 +378,9 @@ def measure_cost(trainer: ProbeTrainer, rows: Any, window: int) -> Cost:
     try:
         with trainer.clock.running():
             trainer.train()
-    except (torch.OutOfMemoryError, MemoryError):
+    except (OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OutOfMemoryError) and not is_out_of_memory(error):
+            raise
         cost.failed = trainer.clock.failed or "rest"
     measured = trainer.steps
     if len(measured) >= steps - 1:
@@ -405,12 +402,12 @@ def memory_limit() -> float:
 def cost_verdict(cost: Cost) -> tuple[str, bool]:
     """One sentence on whether the run fits, and whether it is a warning."""
     if cost.failed is not None:
-        return f"It does not fit: out of memory in the phase {cost.failed}. Lower {TO_LOWER[cost.failed]}.", True
+        return f"It does not fit: out of memory in the phase {cost.failed}. What to do: {TO_LOWER[cost.failed]}.", True
     phase, peak = max(cost.peak.items(), key=lambda item: item[1])
     share = peak / cost.limit
     if share > 0.9:
         return (
-            f"It hardly fits: {peak:,.0f} of {cost.limit:,.0f} MiB in the phase {phase}. Lower {TO_LOWER[phase]}."
+            f"It hardly fits: {peak:,.0f} of {cost.limit:,.0f} MiB in the phase {phase}. To be safe: {TO_LOWER[phase]}."
         ), True
     return f"It fits: at most {peak:,.0f} of {cost.limit:,.0f} MiB ({share:.0%}), in the phase {phase}.", False
 

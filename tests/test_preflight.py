@@ -143,6 +143,29 @@ def test_last_step_is_the_worst_case(make_config, tmp_path):
     assert last_lengths == sorted(len(collator.encode(row)["teacher_ids"]) for row in ROWS)[-2:]
 
 
+def test_running_out_of_memory_is_a_result_and_other_errors_are_not(make_config, tmp_path):
+    def failing(error):
+        class Failing(ProbeTrainer):
+            def compute_loss(self, *args, **kwargs):
+                if self.state.global_step == 1:
+                    raise error
+                return super().compute_loss(*args, **kwargs)
+
+        def make(args, dataset):
+            return Failing(model=tiny_model(), args=args, train_dataset=dataset, processing_class=byte_tokenizer())
+
+        out = console()
+        return preflight(make, make_config(), to_dataset(ROWS), out, str(tmp_path))[1], out.file.getvalue()
+
+    cost, text = failing(torch.OutOfMemoryError("CUDA out of memory"))
+    assert cost.failed == "student"
+    assert sum(cost.typical.values()) > 0
+    assert cost.worst == {}
+    assert "It does not fit: out of memory in the phase student" in text
+    with pytest.raises(RuntimeError, match="something else"):
+        failing(RuntimeError("something else"))
+
+
 def test_memory_verdict_names_the_phase_and_the_setting():
     assert cost_verdict(Cost(peak={"student": 50.0}, limit=100.0)) == (
         "It fits: at most 50 of 100 MiB (50%), in the phase student.",
