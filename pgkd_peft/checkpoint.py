@@ -35,8 +35,13 @@ HIDDEN = (".saving-", ".replaced-", ".deleting-")
 # What a run leaves in its folder, so that --overwrite removes this and nothing else.
 RUN_FILES = (
     "run.json",
+    "recipe.yaml",
+    "metrics.jsonl",
     "completions.jsonl",
+    "traces.jsonl",
     "summary.json",
+    "eval_results.json",
+    "eval_answers.jsonl",
     "report.html",
     "README.md",
     ADAPTER_FILE,

@@ -174,7 +174,7 @@ class PrivilegedGKDConfig(GKDConfig):
 
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        elif self.bf16 is None and not self.fp16 and compute_dtype() == torch.float16:
+        elif self.bf16 is None and not self.fp16 and compute_dtype() == torch.float16:  # type: ignore[has-type]
             self.fp16 = True
 
     def _number(self, name: str, kind: type) -> Any:

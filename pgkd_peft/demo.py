@@ -53,6 +53,7 @@ def run(
     from .arguments import parse_train
     from .eval_command import answers_table, recovered_line, update_card, write_results
     from .evaluate import evaluate, measure_drift
+    from .report import write_report
     from .scorers import make_scorer
     from .sources import load_named, shipped
     from .train_command import train
@@ -110,4 +111,5 @@ def run(
     console.print(f"rollouts to read        {folder / 'completions.jsonl'}")
     console.print(f"all answers             {folder / 'eval_answers.jsonl'}")
     console.print(f"these numbers           {folder / 'summary.json'}")
+    console.print(f"all of it on a page     {write_report(output_dir)}")
     return summary

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from .rollout import generate
 from .scoring import Row
+from .trace import append_traces, trace_rows
 
 if TYPE_CHECKING:
     from .trainer import PrivilegedSelfDistillTrainer
@@ -18,7 +19,8 @@ LOG_FILE = "completions.jsonl"
 
 
 class RolloutLogCallback(TrainerCallback):
-    """Every ``rollout_log_steps`` optimizer steps: a table on the console, and a line a prompt in completions.jsonl.
+    """Every ``rollout_log_steps`` optimizer steps: a table on the console, a line a prompt in completions.jsonl,
+    and every token's divergence in traces.jsonl, for the report.
 
     Both answers are greedy, so that they differ by what the models know and not by the dice: the student reads its own
     prompt with its current weights, the teacher reads the prompt with PI.
@@ -36,6 +38,7 @@ class RolloutLogCallback(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        append_traces(args.output_dir, trace_rows(self.trainer, rows), state.global_step)
         show(records, args.rollout_log_max_chars)
 
     def answer(self, rows: list[Row], step: int) -> list[dict[str, Any]]:

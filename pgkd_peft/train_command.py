@@ -55,7 +55,7 @@ def train(
     train_dataset, eval_dataset = load_datasets(data, config)
     peft_config = lora_config(model)
 
-    from .live import MetricsFileCallback, install
+    from .live import LiveView, MetricsFileCallback, install
     from .trainer import PrivilegedSelfDistillTrainer
 
     trainer = PrivilegedSelfDistillTrainer(
@@ -69,10 +69,14 @@ def train(
         quantization_config=quantization_config(model, config),
     )
     trainer.add_callback(MetricsFileCallback())
-    install(trainer)
+    view = install(trainer)
     if trainer.is_world_process_zero():
         write_recipe(Path(config.output_dir) / RECIPE_FILE, data.told)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        if isinstance(view, LiveView):
+            view.stop()  # gives the terminal its cursor back, also after an error
     trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)

@@ -1,7 +1,7 @@
 """One training step on in-memory data: does the installation work?
 
-    python examples/scripts/privileged_gkd_smoke.py                                # the built-in demo model
-    python examples/scripts/privileged_gkd_smoke.py --model Qwen/Qwen2-0.5B-Instruct
+python examples/scripts/privileged_gkd_smoke.py                                # the built-in demo model
+python examples/scripts/privileged_gkd_smoke.py --model Qwen/Qwen2-0.5B-Instruct
 """
 
 from __future__ import annotations
