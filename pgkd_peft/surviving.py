@@ -6,9 +6,10 @@ E = c(W + D) - c(W). Over all adapted tensors together:
     surviving share = <E, D> / <D, D>      1: all of it; 0: none, the rounding swallowed it
     rounding noise  = |E - D| / |D|        what arrives besides, relative to D; 0: nothing
 
-Both are needed. Where W lies on the rounding's own grid (a dequantized base that is quantized again) the share tells:
-steps are wider than D, so E is 0 nearly everywhere. Where W does not (original weights), rounding is unbiased: the
-share stays near 1 while the noise, many times D, buries it.
+Both are needed. Where W lies on the rounding's own grid (a dequantized base that is quantized again, as a merge into
+4-bit weights does) the share tells: the grid's steps are wider than D, so E is 0 nearly everywhere and the adapter is
+gone. Where W does not (original weights), rounding is unbiased: the share stays near 1, and the noise, many times D, is
+the quantization error drawn anew.
 """
 
 from __future__ import annotations
