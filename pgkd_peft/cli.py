@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -54,11 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"unknown command {args[0]!r}{hint} `pgkd --help` lists them.")
     from .errors import PGKDError
 
+    # What these libraries will rename one day is nothing that a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
     try:
         module, _, name = command.where.partition(":")
         return getattr(importlib.import_module(module), name)(args[1:]) or 0
     except PGKDError as error:
         return _complain(str(error))
+    except SystemExit as done:  # argparse, after --help or with its own complaint
+        return done.code if isinstance(done.code, int) else 2
     except KeyboardInterrupt as error:
         if str(error):
             print(error, file=sys.stderr)
