@@ -36,6 +36,7 @@ HIDDEN = (".saving-", ".replaced-", ".deleting-")
 RUN_FILES = (
     "run.json",
     "recipe.yaml",
+    "holdout.jsonl",
     "metrics.jsonl",
     "completions.jsonl",
     "traces.jsonl",

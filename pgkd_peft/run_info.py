@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+HOLDOUT_FILE = "holdout.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -82,7 +83,7 @@ class RunInfo:
             "dataset_rows": self.report.rows if self.report else None,
             "dataset_rows_with_privileged": self.report.rows_with_privileged if self.report else None,
             "privileged_tokens_cut": sum(self.report.privileged_tokens_cut) if self.report else None,
-            "holdout_prompts": None,
+            "holdout_prompts": HOLDOUT_FILE if (Path(str(args.output_dir)) / HOLDOUT_FILE).is_file() else None,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": args.seed,
             "config": {key: settings[key] for key in sorted(settings) if "token" not in key or key.endswith("tokens")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .trainer import PrivilegedSelfDistillTrainer
 
 RECIPE_FILE = "recipe.yaml"
+HOLDOUT_ROWS = 64
 NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
 
 DESCRIPTION = """Train a LoRA adapter on one base model, so that it answers without privileged information (PI) as the
@@ -52,10 +54,12 @@ def train(
     assert config.output_dir is not None
     checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
     checkpoint = checkpoint or config.resume_from_checkpoint
-    train_dataset, eval_dataset = load_datasets(data, config)
+    train_dataset, held_out = load_datasets(data, config)
+    eval_dataset = held_out if config.eval_strategy != "no" else None
     peft_config = lora_config(model)
 
     from .live import LiveView, MetricsFileCallback, install
+    from .run_info import HOLDOUT_FILE
     from .trainer import PrivilegedSelfDistillTrainer
 
     trainer = PrivilegedSelfDistillTrainer(
@@ -72,6 +76,7 @@ def train(
     view = install(trainer)
     if trainer.is_world_process_zero():
         write_recipe(Path(config.output_dir) / RECIPE_FILE, data.told)
+        write_holdout(Path(config.output_dir) / HOLDOUT_FILE, held_out)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -84,7 +89,7 @@ def train(
 
 
 def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and those to evaluate on when ``eval_strategy`` asks for it.
+    """The rows to train on, and the held-out rows, where the arguments name them or ``eval_strategy`` asks for them.
 
     Raises:
         DataError: the data cannot be read or mapped.
@@ -101,11 +106,20 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
         )
 
     train_dataset = load(data.dataset_name, data.dataset_train_split)
-    if config.eval_strategy == "no":
-        return train_dataset, None
     if data.eval_dataset_name is not None:
         return train_dataset, load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
+    if config.eval_strategy == "no":
+        return train_dataset, None
     return train_dataset, load(data.dataset_name, data.dataset_test_split)
+
+
+def write_holdout(path: Path, held_out: Dataset | None) -> None:
+    """The first held-out rows' conversations, on which a merge of this run is measured."""
+    if held_out is None or "messages" not in held_out.column_names:
+        return
+    rows = held_out.select(range(min(len(held_out), HOLDOUT_ROWS)))["messages"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def write_recipe(path: Path, told: Mapping[str, Any]) -> None:

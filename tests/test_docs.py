@@ -73,3 +73,26 @@ def test_every_recipe_is_a_script_that_parses(recipe):
     assert text.startswith("#!/usr/bin/env -S pgkd train --config\n")
     assert recipe.stat().st_mode & 0o111, "not executable"
     Parser(TRAIN_ARGUMENTS, "pgkd train").parse(["--config", str(recipe), "--output_dir", "unused"])
+
+
+def test_the_two_example_scripts_run(tmp_path, llama_path):
+    import json
+    import os
+    import subprocess
+    import sys
+
+    from tiny import ROWS
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    scripts = ROOT / "examples" / "scripts"
+    full = ["--model_name_or_path", llama_path, "--dataset_name", str(rows), "--output_dir", str(tmp_path / "run")]
+    full += ["--max_steps", "1", "--max_new_tokens", "4", "--report_to", "none"]
+    for script, flags in (
+        ("privileged_gkd_smoke.py", ["--model", llama_path]),
+        ("privileged_gkd.py", full),
+    ):
+        command = [sys.executable, str(scripts / script), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()

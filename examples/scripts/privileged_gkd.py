@@ -17,19 +17,18 @@ import sys
 from pgkd_peft import PrivilegedSelfDistillTrainer
 from pgkd_peft.arguments import lora_config, parse_train
 from pgkd_peft.errors import PGKDError
-from pgkd_peft.train_command import load_datasets, log_to_console
+from pgkd_peft.train_command import load_datasets
 
 
 def main() -> None:
     data, model, config = parse_train(sys.argv[1:], prog="privileged_gkd.py", description=__doc__)
-    log_to_console()
-    train_dataset, eval_dataset = load_datasets(data, config)
+    train_dataset, held_out = load_datasets(data, config)
     trainer = PrivilegedSelfDistillTrainer(
         model=model.model_name_or_path,
         teacher_model=model.model_name_or_path,
         args=config,
         train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        eval_dataset=held_out if config.eval_strategy != "no" else None,
         peft_config=lora_config(model),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
