@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .errors import ConfigError
+from .projection import Head, ModuleHead, TensorHead, head_of, pair_of
 
 logger = logging.getLogger(__name__)
 
 CLIP_MODES = ("entry", "token", "rescale")
-MASKED = -1e4  # stands for a logit of -inf: probability 0, and products with it stay finite
 HALF_SCALE = 1024.0  # fp16 gradients of logits are multiplied by it, or most of them would underflow
-CAST_BLOCK_BYTES = 2**22  # of the head's weight that are cast to another dtype at a time
-CACHE_BLOCK = 2**20  # logits that the elementwise part works on at a time on CPU: it makes seven passes over them
-
-Head: TypeAlias = Tensor | nn.Module | Callable[[Tensor], Tensor]
+CACHE_BLOCK = 2**19  # logits that the elementwise part works on at a time on CPU: 2 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -120,15 +117,15 @@ def linear_jsd(
     )
     _check(options, student_squash, teacher_squash, chunk_mib)
     _check_rows(student_hidden, teacher_hidden, sampled_ids)
-    student = _head("", student_hidden, head_weight, head_bias)
-    teacher = _head("teacher_", teacher_hidden, teacher_head_weight, teacher_head_bias)
+    student = head_of("", student_hidden, head_weight, head_bias)
+    teacher = head_of("teacher_", teacher_hidden, teacher_head_weight, teacher_head_bias)
     if student.vocab != teacher.vocab:
         raise ConfigError(
             f"the student's head has {student.vocab} tokens and the teacher's {teacher.vocab}; both must have the same "
             "vocabulary. Cut the rows that pad the larger one."
         )
     dtype = torch.float64 if torch.float64 in (student_hidden.dtype, teacher_hidden.dtype) else torch.float32
-    task = _Task(student, teacher, student_squash, teacher_squash, options, dtype, chunk_mib)
+    task = _Task(student, teacher, student_squash, teacher_squash, options, dtype, student_hidden.device, chunk_mib)
     if torch.is_grad_enabled() and student.trains:
         stats = _trainable_head(student_hidden, teacher_hidden.detach(), sampled_ids, task)
     else:
@@ -157,12 +154,13 @@ class _Squash(NamedTuple):
 class _Task(NamedTuple):
     """One call of :func:`linear_jsd`, checked."""
 
-    student: _TensorHead | _ModuleHead
-    teacher: _TensorHead | _ModuleHead
+    student: TensorHead | ModuleHead
+    teacher: TensorHead | ModuleHead
     student_squash: _Squash
     teacher_squash: _Squash
     options: _Options
     dtype: torch.dtype  # of logits, softmax and results
+    device: torch.device
     chunk_mib: float
 
     def chunks(self, n: int, bytes_a_logit: int) -> list[slice]:
@@ -209,103 +207,6 @@ def _check_rows(student: Tensor, teacher: Tensor, sampled_ids: Tensor | None) ->
         raise ConfigError(f"sampled_ids has shape {tuple(sampled_ids.shape)}; pass one id a row, ({student.shape[0]},)")
 
 
-def _head(side: str, hidden: Tensor, head: Head, bias: Tensor | None) -> _TensorHead | _ModuleHead:
-    if isinstance(head, nn.Linear) and type(head) is nn.Linear and bias is None:
-        head, bias = head.weight, head.bias
-    if not isinstance(head, Tensor):
-        if bias is not None:
-            raise ConfigError(f"{side}head_bias cannot be combined with a module as {side}head_weight; it has its own")
-        return _ModuleHead(head, hidden)
-    if head.dim() != 2 or head.shape[1] != hidden.shape[1]:
-        raise ConfigError(
-            f"{side}head_weight has shape {tuple(head.shape)}, and the hidden states it is applied to are "
-            f"{hidden.shape[1]} wide; it must be (V, {hidden.shape[1]}). Pass a quantized head as its module."
-        )
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ConfigError(f"{side}head_bias has shape {tuple(bias.shape)}; it must be ({head.shape[0]},)")
-    return _TensorHead(head, bias, hidden)
-
-
-class _TensorHead:
-    """A dense head: projections in fp32 accuracy, products back in the precision of the operands."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor):
-        self.weight, self.bias = weight, bias
-        self.vocab = weight.shape[0]
-        self.trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        self.grad_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if not hidden.is_cuda and self.grad_dtype == torch.float16:
-            self.grad_dtype = torch.float32  # an fp16 product on CPU takes a hundred times as long
-        if hidden.is_cuda and self.grad_dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-            self.grad_dtype = torch.get_autocast_dtype("cuda")
-
-    def same_as(self, other: _TensorHead | _ModuleHead) -> bool:
-        return (
-            isinstance(other, _TensorHead)
-            and self.weight is other.weight
-            and self.bias is other.bias
-            and self.grad_dtype == other.grad_dtype
-        )
-
-    def project(self, hidden: Tensor, out: Tensor, want_grad: bool) -> Callable[[Tensor], Tensor]:
-        """Writes the logits (R, V) of hidden (R, D) into out; returns what takes their gradient back to (R, D)."""
-        # A 16-bit product on CUDA accumulates and returns fp32; on CPU it would round the logits to 16 bits.
-        dtype = self.grad_dtype if out.is_cuda and out.dtype == torch.float32 else out.dtype
-        hidden = hidden.to(dtype)
-        for columns, weight in self._blocks(dtype):
-            if dtype == out.dtype:
-                torch.mm(hidden, weight.t(), out=out[:, columns])
-            else:
-                torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out[:, columns])
-        if self.bias is not None:
-            out.add_(self.bias.detach().to(out.dtype).clamp(min=MASKED))
-        return self._pull_back
-
-    def _pull_back(self, grad: Tensor) -> Tensor:
-        wide = {"out_dtype": torch.float32} if grad.is_cuda and grad.dtype.itemsize == 2 else {}
-        parts = (torch.mm(grad[:, columns], weight, **wide) for columns, weight in self._blocks(grad.dtype))
-        total = next(parts)
-        for part in parts:
-            total += part
-        return total
-
-    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in `dtype`: as it is, or cast a few rows at a time, so that no second copy of the head exists."""
-        weight = self.weight.detach()
-        rows = self.vocab
-        if weight.dtype != dtype:
-            rows = max(1, CAST_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
-        for start in range(0, self.vocab, rows):
-            columns = slice(start, min(start + rows, self.vocab))
-            yield columns, weight[columns].to(dtype)
-
-    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """Logits (R, V) with a graph to hidden, weight and bias."""
-        bias = None if self.bias is None else self.bias.to(dtype).clamp(min=MASKED)
-        return F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
-
-
-class _ModuleHead:
-    """A head that is only known by its forward: quantized, wrapped by LoRA, or anything callable."""
-
-    def __init__(self, module: Callable[[Tensor], Tensor], hidden: Tensor):
-        self.module = module
-        self.trains = not isinstance(module, nn.Module) or any(p.requires_grad for p in module.parameters())
-        with torch.no_grad():
-            probe = module(hidden.new_zeros(1, hidden.shape[1]))
-        self.vocab, self.grad_dtype = probe.shape[-1], probe.dtype
-
-    def project(self, hidden: Tensor, out: Tensor, want_grad: bool) -> Callable[[Tensor], Tensor]:
-        with torch.set_grad_enabled(want_grad):
-            hidden = hidden.detach().requires_grad_(want_grad)
-            logits = self.module(hidden)
-        out.copy_(logits.detach()).clamp_(min=MASKED)
-        return lambda grad: torch.autograd.grad(logits, hidden, grad)[0]
-
-    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.module(hidden).to(dtype).clamp(min=MASKED)
-
-
 class _FrozenHead(torch.autograd.Function):
     """Statistics and divergence (N,); the gradient with respect to the student's rows is made in forward."""
 
@@ -313,32 +214,20 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, student_hidden: Tensor, teacher_hidden: Tensor, ids: Tensor | None, task: _Task, want_grad: bool
     ) -> tuple[Tensor, ...]:
-        n, device, vocab = student_hidden.shape[0], student_hidden.device, task.student.vocab
-        grad_dtype = task.student.grad_dtype
-        in_place = grad_dtype == task.dtype
-        bytes_a_logit = 2 * task.dtype.itemsize + (0 if in_place else grad_dtype.itemsize)
-        if isinstance(task.student, _ModuleHead):
-            bytes_a_logit += 2 * grad_dtype.itemsize
-        chunks = task.chunks(n, bytes_a_logit)
-        most = chunks[0].stop if chunks else 0
+        n, device = student_hidden.shape[0], student_hidden.device
+        pair = pair_of(task.student, task.teacher, task.dtype)
+        chunks = task.chunks(n, pair.bytes_a_logit)
+        pair.reserve(chunks[0].stop if chunks else 0, device)
         stats = torch.empty((6, n), device=device, dtype=task.dtype)
-        logits = torch.empty((2 * most, vocab), device=device, dtype=task.dtype)
-        shared = isinstance(task.student, _TensorHead) and task.student.same_as(task.teacher)
-        grad_logits = logits[:most] if in_place else torch.empty((most, vocab), device=device, dtype=grad_dtype)
         grad_rows = torch.empty(student_hidden.shape if want_grad else 0, device=device, dtype=task.dtype)
         for chunk in chunks:
+            pair.project(student_hidden[chunk], teacher_hidden[chunk], want_grad)
             rows = chunk.stop - chunk.start
-            zs, zt = logits[:rows], logits[rows : 2 * rows]
-            if shared:  # one product for both: the head is read, and cast where it must be, once
-                both = torch.cat([student_hidden[chunk], teacher_hidden[chunk]])
-                pull_back = task.student.project(both, logits[: 2 * rows], want_grad)
-            else:
-                pull_back = task.student.project(student_hidden[chunk], zs, want_grad)
-                task.teacher.project(teacher_hidden[chunk], zt, False)
-            grad = grad_logits[:rows] if want_grad else None
-            stats[:, chunk] = _chunk(zs, zt, None if ids is None else ids[chunk], task, grad)
-            if grad is not None:
-                grad_rows[chunk] = pull_back(grad)
+            stats[:, chunk] = _chunk(
+                pair.block, rows, None if ids is None else ids[chunk], task, pair.grad if want_grad else None
+            )
+            if want_grad:
+                grad_rows[chunk] = pair.pull_back()
         if want_grad:
             grad_rows.mul_(stats[5].unsqueeze(-1))
         ctx.save_for_backward(grad_rows)
@@ -360,7 +249,7 @@ class _FromLogits(torch.autograd.Function):
         ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor | None, task: _Task
     ) -> tuple[Tensor, ...]:
         grad = student_logits.clone()
-        stats = _chunk(grad, teacher_logits, ids, task, grad)
+        stats = _chunk(lambda rows: (grad[rows], teacher_logits[rows]), len(grad), ids, task, grad)
         ctx.save_for_backward(grad, stats[5])
         return _outputs(ctx, stats)
 
@@ -400,28 +289,24 @@ def _trainable_head(
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
-def _chunk(zs: Tensor, zt: Tensor, ids: Tensor | None, task: _Task, grad: Tensor | None) -> Tensor:
-    """Statistics (6, R) of the logits zs, zt (R, V), which are used up; the gradient goes to `grad` (zs will do)."""
-    kernel = _fused if zs.is_cuda else _rows
-    block = zs.shape[0]
-    if not zs.is_cuda:
-        block = max(1, min(CACHE_BLOCK, int(task.chunk_mib * 2**20) // 40) // zs.shape[1])
+def _chunk(
+    logits: Callable[[slice], tuple[Tensor, Tensor]], n: int, ids: Tensor | None, task: _Task, grad: Tensor | None
+) -> Tensor:
+    """Statistics (6, n); logits(rows) gives both sides' (R, V), to be used up, and their gradient goes to `grad`."""
+    block, kernel = max(1, n), _fused
+    if task.device.type != "cuda":
+        block, kernel = max(1, min(CACHE_BLOCK, int(task.chunk_mib * 2**20) // 64) // task.student.vocab), _rows
     stats = []
-    for start in range(0, zs.shape[0], max(1, block)):
-        rows = slice(start, start + block)
-        columns, part = kernel(
-            zs[rows],
-            zt[rows],
-            None if ids is None else ids[rows],
-            task.student_squash,
-            task.teacher_squash,
-            task.options,
-            None if grad is None else grad.dtype,
-        )
+    for start in range(0, max(1, n), block):
+        rows = slice(start, min(n, start + block))
+        zs, zt = logits(rows)
+        some = None if ids is None else ids[rows]
+        grad_dtype = None if grad is None else grad.dtype
+        columns, part = kernel(zs, zt, some, task.student_squash, task.teacher_squash, task.options, grad_dtype)
         stats.append(columns)
-        if grad is not None:
-            grad[rows].copy_(part)
-    return torch.cat(stats, dim=1) if stats else zs.new_empty((6, 0))
+        if grad is not None and part is not None:
+            grad[rows] = part
+    return torch.cat(stats, dim=1)
 
 
 def _rows(
@@ -443,9 +328,11 @@ def _rows(
     max_s, max_t = zs.amax(-1, keepdim=True), zt.amax(-1, keepdim=True)
     agree = (zs + zt).amax(-1, keepdim=True) == max_s + max_t
     s, t = torch.softmax(zs, dim=-1), torch.softmax(zt, dim=-1)
-    lse_s, lse_t = (peak - p.amax(-1, keepdim=True).log() for peak, p in ((max_s, s), (max_t, t)))
+    log_top_s, log_top_t = s.amax(-1, keepdim=True).log(), t.amax(-1, keepdim=True).log()
+    lse_s, lse_t = max_s - log_top_s, max_t - log_top_t
     logprob = torch.zeros_like(lse_s) if ids is None else zs.gather(-1, ids.unsqueeze(-1)) - lse_s
-    log_ratio = (zs - zt).add_(lse_t - lse_s)  # log S - log T
+    # log S - log T, grouped so that large numbers meet their like: lse_t - lse_s would be off by an ulp of a logit
+    log_ratio = (zs - zt).add_((max_t - max_s) + (log_top_s - log_top_t))
     entropy_s, entropy_t = lse_s - zs.mul_(s).sum(-1, keepdim=True), lse_t - zt.mul_(t).sum(-1, keepdim=True)
 
     norm = 1.0
@@ -467,12 +354,10 @@ def _rows(
     else:
         divergence = entries.sum(-1, keepdim=True).clamp(min=0) * norm
     factor = torch.full_like(divergence, norm * student.scale / student.temperature)
-    if options.clip is not None and options.clip_mode == "token":
-        factor = factor * (divergence <= options.clip)
+    if options.clip is not None and options.clip_mode != "entry":
+        above = divergence > options.clip
+        factor = factor.where(~above, factor * options.clip / divergence if options.clip_mode == "rescale" else 0.0)
         divergence = divergence.clamp(max=options.clip)
-    elif options.clip is not None and options.clip_mode == "rescale":
-        shrink = options.clip / divergence.clamp(min=options.clip)
-        factor, divergence = factor * shrink, divergence * shrink
 
     grad = None
     if grad_dtype is not None:
@@ -521,14 +406,19 @@ def _entries(s: Tensor, t: Tensor, log_ratio: Tensor, beta: float) -> tuple[Tens
     return torch.addcmul(pull, t, log_m_t, value=-beta), pull
 
 
+def _pure_rows(zs: Tensor, zt: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """`_rows` for a compiler: without side effects nothing but the results has to be written to memory."""
+    return _rows(zs.clone(), zt.clone(), *args)
+
+
 _compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
 
 def _fused(*args: Any) -> tuple[Tensor, Tensor | None]:
-    """`_rows` as one kernel by torch.compile; where that cannot be compiled, `_rows` itself from then on."""
+    """`_rows`, fused by torch.compile; where that cannot be compiled, `_rows` itself from then on."""
     global _compiled
     if _compiled is None:
-        _compiled = torch.compile(_rows)
+        _compiled = torch.compile(_pure_rows)
     if _compiled is not _rows:
         try:
             return _compiled(*args)

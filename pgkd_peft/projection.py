@@ -1,0 +1,231 @@
+"""Hidden states x head -> logits of both sides, a chunk of positions at a time; and logit gradients back to rows.
+
+Logits have fp32 accuracy also where hidden states and head are 16-bit: rounded to bfloat16, a logit of 30 is off by up
+to 0.06, and where student and teacher are close (0.06 nats apart) the gradient is then off by a tenth in the median.
+
+Shapes: R rows of a chunk, V vocabulary, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import ConfigError
+
+MASKED = -1e4  # stands for a logit of -inf: probability 0, and products with it stay finite
+CAST_BLOCK_BYTES = 2**22  # of the head's weight that are cast to another dtype at a time
+EXACT_TOKENS = 128  # logits a position that :class:`RefinedPair` computes in fp32
+
+Head: TypeAlias = Tensor | nn.Module | Callable[[Tensor], Tensor]
+
+
+def head_of(side: str, hidden: Tensor, head: Head, bias: Tensor | None) -> TensorHead | ModuleHead:
+    """The head as this module handles it; `side` is the prefix of the argument's name.
+
+    Raises:
+        ConfigError: its shape does not fit the hidden states, or a module is given a second bias.
+    """
+    if isinstance(head, nn.Linear) and type(head) is nn.Linear and bias is None:
+        head, bias = head.weight, head.bias
+    if not isinstance(head, Tensor):
+        if bias is not None:
+            raise ConfigError(f"{side}head_bias cannot be combined with a module as {side}head_weight; it has its own")
+        return ModuleHead(head, hidden)
+    if head.dim() != 2 or head.shape[1] != hidden.shape[1]:
+        raise ConfigError(
+            f"{side}head_weight has shape {tuple(head.shape)}, and the hidden states it is applied to are "
+            f"{hidden.shape[1]} wide; it must be (V, {hidden.shape[1]}). Pass a quantized head as its module."
+        )
+    if bias is not None and bias.shape != head.shape[:1]:
+        raise ConfigError(f"{side}head_bias has shape {tuple(bias.shape)}; it must be ({head.shape[0]},)")
+    return TensorHead(head, bias, hidden)
+
+
+class TensorHead:
+    """A dense head; gradients of logits are rounded to `grad_dtype` for the product back."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor):
+        self.weight, self.bias = weight, bias
+        self.vocab = weight.shape[0]
+        self.trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        self.grad_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        if hidden.is_cuda:
+            if self.grad_dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+                self.grad_dtype = torch.get_autocast_dtype("cuda")
+        elif self.grad_dtype == torch.float16 or (self.grad_dtype == torch.bfloat16 and not _bf16_products()):
+            self.grad_dtype = torch.float32  # such a product on CPU takes up to a hundred times as long
+
+    def same_as(self, other: TensorHead | ModuleHead) -> bool:
+        return (
+            isinstance(other, TensorHead)
+            and self.weight is other.weight
+            and self.bias is other.bias
+            and self.grad_dtype == other.grad_dtype
+        )
+
+    def project(self, hidden: Tensor, out: Tensor, want_grad: bool) -> Callable[[Tensor], Tensor]:
+        """Writes the logits (R, V) of hidden (R, D) into out; returns what takes their gradient back to (R, D)."""
+        # A 16-bit product on CUDA accumulates and returns fp32; on CPU it would round the logits to 16 bits.
+        dtype = self.grad_dtype if out.is_cuda and out.dtype == torch.float32 else out.dtype
+        hidden = hidden.to(dtype)
+        for columns, weight in self._blocks(dtype):
+            if dtype == out.dtype:
+                torch.mm(hidden, weight.t(), out=out[:, columns])
+            else:
+                torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out[:, columns])
+        if self.bias is not None:
+            out.add_(self.bias.detach().to(out.dtype).clamp(min=MASKED))
+        return self.pull_back
+
+    def pull_back(self, grad: Tensor) -> Tensor:
+        """Gradient of the logits (R, V), in `grad_dtype`, -> of the hidden rows (R, D)."""
+        wide = {"out_dtype": torch.float32} if grad.is_cuda and grad.dtype.itemsize == 2 else {}
+        parts = (torch.mm(grad[:, columns], weight, **wide) for columns, weight in self._blocks(grad.dtype))
+        total = next(parts)
+        for part in parts:
+            total += part
+        return total
+
+    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in `dtype`: as it is, or cast a few rows at a time, so that no second copy of the head exists."""
+        weight = self.weight.detach()
+        rows = self.vocab
+        if weight.dtype != dtype:
+            rows = max(1, CAST_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
+        for start in range(0, self.vocab, rows):
+            columns = slice(start, min(start + rows, self.vocab))
+            yield columns, weight[columns].to(dtype)
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Logits (R, V) with a graph to hidden, weight and bias."""
+        bias = None if self.bias is None else self.bias.to(dtype).clamp(min=MASKED)
+        return F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
+
+
+class ModuleHead:
+    """A head that is only known by its forward: quantized, wrapped by LoRA, or anything callable."""
+
+    def __init__(self, module: Callable[[Tensor], Tensor], hidden: Tensor):
+        self.module = module
+        self.trains = not isinstance(module, nn.Module) or any(p.requires_grad for p in module.parameters())
+        with torch.no_grad():
+            probe = module(hidden.new_zeros(1, hidden.shape[1]))
+        self.vocab, self.grad_dtype = probe.shape[-1], probe.dtype
+
+    def project(self, hidden: Tensor, out: Tensor, want_grad: bool) -> Callable[[Tensor], Tensor]:
+        with torch.set_grad_enabled(want_grad):
+            hidden = hidden.detach().requires_grad_(want_grad)
+            logits = self.module(hidden)
+        out.copy_(logits.detach()).clamp_(min=MASKED)
+        return lambda grad: torch.autograd.grad(logits, hidden, grad)[0]
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.module(hidden).to(dtype).clamp(min=MASKED)
+
+
+def _bf16_products() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Pair:
+    """Logits of student and teacher for one chunk at a time, in buffers that the chunks share."""
+
+    def __init__(self, student: TensorHead | ModuleHead, teacher: TensorHead | ModuleHead, dtype: torch.dtype):
+        self.student, self.teacher, self.dtype = student, teacher, dtype
+        self.in_place = student.grad_dtype == dtype
+        self.bytes_a_logit = 2 * dtype.itemsize + (0 if self.in_place else student.grad_dtype.itemsize)
+        if isinstance(student, ModuleHead):
+            self.bytes_a_logit += 2 * student.grad_dtype.itemsize
+
+    def reserve(self, rows: int, device: torch.device) -> None:
+        vocab = self.student.vocab
+        self._logits = torch.empty((2 * rows, vocab), dtype=self.dtype, device=device)
+        self._grad = self._logits
+        if not self.in_place:
+            self._grad = torch.empty((rows, vocab), dtype=self.student.grad_dtype, device=device)
+
+    def project(self, student_hidden: Tensor, teacher_hidden: Tensor, want_grad: bool) -> None:
+        rows = student_hidden.shape[0]
+        both = self._logits[: 2 * rows]
+        self._zs, self._zt = both[:rows], both[rows:]
+        if isinstance(self.student, TensorHead) and self.student.same_as(self.teacher):
+            # one product for both: the head is read, and cast where it must be, once
+            self._pull_back = self.student.project(torch.cat([student_hidden, teacher_hidden]), both, want_grad)
+        else:
+            self._pull_back = self.student.project(student_hidden, self._zs, want_grad)
+            self.teacher.project(teacher_hidden, self._zt, False)
+        self.grad = self._grad[:rows]  # where the gradient of the student's logits goes
+
+    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Raw logits of some rows, free to be overwritten."""
+        return self._zs[rows], self._zt[rows]
+
+    def pull_back(self) -> Tensor:
+        return self._pull_back(self.grad)
+
+
+class RefinedPair(Pair):
+    """For one bf16 head on CPU, where a product with fp32 logits would take twice the time of one that rounds them.
+
+    The teacher's logits are rounded, and the student's are those plus a product of the difference of the hidden
+    states, which is as accurate as the difference is small: the rounding is common to both sides and cancels in their
+    ratio. The `EXACT_TOKENS` likeliest tokens of either side, which carry nearly all of the divergence, are then
+    computed anew in fp32. Measured on SmolLM2-135M with and without a hint: gradient off by 0.23 % in the median, as
+    with fp32 logits (rounding the logit gradients to bf16), divergence by 2e-5; with rounded logits 10 % and 9 %.
+    """
+
+    head: TensorHead
+
+    def __init__(self, head: TensorHead, dtype: torch.dtype):
+        super().__init__(head, head, dtype)
+        self.head = head
+        self.bytes_a_logit = 2 * head.grad_dtype.itemsize
+
+    def reserve(self, rows: int, device: torch.device) -> None:
+        shape = (rows, self.head.vocab)
+        self._teacher_logits, self._difference = (torch.empty(shape, dtype=self.head.grad_dtype) for _ in range(2))
+
+    def project(self, student_hidden: Tensor, teacher_hidden: Tensor, want_grad: bool) -> None:
+        rows = student_hidden.shape[0]
+        self._hidden = torch.stack([student_hidden.float(), teacher_hidden.float()], dim=-1)  # (R, D, 2)
+        change = self._hidden[..., 0] - self._hidden[..., 1]
+        weight = self.head.weight.detach().t()
+        torch.mm(teacher_hidden, weight, out=self._teacher_logits[:rows])
+        torch.mm(change.to(self.head.grad_dtype), weight, out=self._difference[:rows])
+        self.grad = self._difference[:rows]  # each row's difference is used before its gradient is written
+
+    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
+        zt = self._teacher_logits[rows].float()
+        zs = self._difference[rows].float().add_(zt)
+        count = min(EXACT_TOKENS, self.head.vocab)
+        likeliest = torch.maximum(zs, zt).topk(count, sorted=False).indices  # (R, count)
+        hidden = self._hidden[rows]
+        step = max(1, CAST_BLOCK_BYTES // (4 * count * hidden.shape[1]))
+        for start in range(0, hidden.shape[0], step):
+            some = slice(start, start + step)
+            exact = self.head.weight.detach()[likeliest[some]].float() @ hidden[some]  # (R, count, 2)
+            zs[some].scatter_(-1, likeliest[some], exact[..., 0])
+            zt[some].scatter_(-1, likeliest[some], exact[..., 1])
+        return zs, zt
+
+    def pull_back(self) -> Tensor:
+        return self.head.pull_back(self.grad)
+
+
+def pair_of(student: TensorHead | ModuleHead, teacher: TensorHead | ModuleHead, dtype: torch.dtype) -> Pair:
+    """Buffers for both sides' logits, of the kind that suits the heads."""
+    if (
+        isinstance(student, TensorHead)
+        and student.same_as(teacher)
+        and student.bias is None
+        and student.weight.dtype == student.grad_dtype == torch.bfloat16
+        and student.weight.device.type == "cpu"
+        and dtype == torch.float32
+    ):
+        return RefinedPair(student, dtype)
+    return Pair(student, teacher, dtype)
