@@ -197,12 +197,17 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
 
 def load_student(run: AdapterRun) -> PeftModel:
     """The adapter on its base, as training held it."""
+    import torch
     from peft import PeftModel
 
     from .model import guard_cpu_linear4bit, load_base
 
     base = load_base(
-        str(run.base), quantization=run.quantization, quantization_config=run.quantization_config, dtype=run.dtype
+        str(run.base),
+        quantization=run.quantization,
+        quantization_config=run.quantization_config,
+        dtype=run.dtype,
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     model = PeftModel.from_pretrained(base, str(run.folder))
     guard_cpu_linear4bit(model)

@@ -136,7 +136,8 @@ def test_bootstrap_draws_groups_whole():
     """Copies of rows in the same group add nothing: the interval stays that of the rows alone."""
     base, teacher, student = [0.0] * 12, [1.0] * 12, [1.0, 0.0, 1.0] * 4
     alone = bootstrap_recovered(base, teacher, student)
-    doubled = bootstrap_recovered(base * 2, teacher * 2, student * 2, groups=list(range(12)) * 2)
+    twice = [i // 2 for i in range(24)]
+    doubled = bootstrap_recovered(base * 2, teacher * 2, [student[i] for i in twice], groups=twice)
     assert (doubled.low, doubled.high) == (alone.low, alone.high)
     assert (doubled.n, doubled.groups) == (24, 12)
     as_if_independent = bootstrap_recovered(base * 2, teacher * 2, student * 2)
