@@ -134,7 +134,7 @@ def test_bootstrap_is_paired():
 
 def test_bootstrap_draws_groups_whole():
     """Copies of rows in the same group add nothing: the interval stays that of the rows alone."""
-    base, teacher, student = [0.0] * 12, [1.0] * 12, [1.0, 0.0, 1.0] * 4
+    base, teacher, student = [0.0] * 12, [1.0] * 12, [1.0] * 8 + [0.0] * 4
     alone = bootstrap_recovered(base, teacher, student)
     twice = [i // 2 for i in range(24)]
     doubled = bootstrap_recovered(base * 2, teacher * 2, [student[i] for i in twice], groups=twice)
@@ -205,6 +205,15 @@ def test_the_columns_are_what_they_say(student, collator):
             assert moved.answers[column][i] == tokenizer.decode(ids, skip_special_tokens=True).strip()
             assert moved.lengths[column][i] == len([t for t in ids if t != tokenizer.eos_token_id])
             assert moved.truncated[column][i] == (ids[-1] != tokenizer.eos_token_id)
+
+
+def test_an_answer_that_ends_does_not_count_its_end(student, collator):
+    prompt = collator.encode(ROWS[0])["student_ids"]
+    second = greedy(student, prompt, 2, set())[1]
+    student.get_base_model().generation_config.eos_token_id = [second]
+    result = evaluate(student, collator, ROWS[:1], lambda answer, row: 0.0, max_new_tokens=6, columns=("base",))
+    assert result.lengths["base"] == [1]
+    assert result.truncated["base"] == [False]
 
 
 def test_summary_and_records(student, collator):
