@@ -239,43 +239,51 @@ def test_summary_and_records(student, collator):
     assert records[2]["privileged"] == ""
 
 
-def test_rows_that_differ_in_a_group_column(student, collator):
+def test_the_interval_is_over_groups(student, collator):
     rows = [{**row, "fact": i // 2} for i, row in enumerate(ROWS)]
+    scores = iter([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0])
+    columns = ("base", "teacher", "student")
     result = evaluate(
-        student,
-        collator,
-        rows,
-        lambda answer, row: 1.0,
-        max_new_tokens=2,
-        columns=("base", "teacher", "student"),
-        group_key="fact",
+        student, collator, rows, lambda a, r: float(next(scores)), max_new_tokens=1, columns=columns, group_key="fact"
     )
-    assert result.recovered is None  # the base is as good as the teacher
+    assert (result.summary()["groups"], result.summary()["n"]) == (2, 4)
+    assert result.summary()["recovered_interval"] == [0.0, 1.0]
+
+
+def test_no_gap_in_an_evaluation(student, collator):
+    columns = ("base", "teacher", "student")
+    result = evaluate(student, collator, ROWS, lambda a, r: 1.0, max_new_tokens=1, columns=columns)
+    assert result.recovered is None
     assert result.summary()["recovered_interval"] is None
 
 
-def test_drift_is_zero_for_a_fresh_adapter_and_the_mean_kl_for_another(student, collator):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # relative and absolute positions
+def test_drift_is_zero_for_a_fresh_adapter_and_the_mean_kl_for_another(kind, collator):
+    student, base = attach_lora(tiny_model(kind)), tiny_model(kind).double()
+    stops = {greedy(base, collator.encode(ROWS[0])["student_ids"], 2, set())[1]}  # so that lengths differ
+    student.get_base_model().generation_config.eos_token_id = list(stops)
+    stops.add(collator.tokenizer.eos_token_id)
     drift = measure_drift(student, collator, ROWS, max_new_tokens=5, rows_at_once=3)
     assert drift.kl == 0.0
     assert drift.top1_agreement == 1.0
     perturb(student, 0.3)
     drift = measure_drift(student, collator, ROWS, max_new_tokens=5, rows_at_once=3)
-    base = tiny_model("llama").double()
-    moved = perturb(attach_lora(tiny_model("llama")), 0.3).double()
-    kl, agree, tokens = 0.0, 0, 0
+    moved = perturb(attach_lora(tiny_model(kind)), 0.3).double()
+    kl, agree, lengths = 0.0, 0, []
     for row in ROWS:
         prompt = collator.encode(row)["student_ids"]
-        answer = greedy(base, prompt, 5, {collator.tokenizer.eos_token_id})
+        answer = greedy(base, prompt, 5, stops)
         with torch.no_grad():
             p, q = (m(input_ids=torch.tensor([prompt + answer])).logits[0].softmax(-1) for m in (base, moved))
         for position in range(len(prompt) - 1, len(prompt) + len(answer) - 1):
             kl += float(sum(a * math.log(a / b) for a, b in zip(p[position], q[position])))
             agree += int(p[position].argmax() == q[position].argmax())
-            tokens += 1
-    assert drift.tokens == tokens
+        lengths.append(len(answer))
+    assert len(set(lengths)) > 1
+    assert drift.tokens == sum(lengths)
     assert drift.prompts == len(ROWS)
-    assert drift.kl == pytest.approx(kl / tokens, rel=1e-4)
-    assert drift.top1_agreement == pytest.approx(agree / tokens)
+    assert drift.kl == pytest.approx(kl / sum(lengths), rel=1e-4)
+    assert drift.top1_agreement == pytest.approx(agree / sum(lengths))
 
 
 def test_perplexity_is_that_of_windows_with_context():
