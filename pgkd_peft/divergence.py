@@ -363,7 +363,7 @@ def _rows(
     if grad_dtype is not None:
         total = pull.sum(-1, keepdim=True)
         if top is None:
-            grad = torch.addcmul(pull, s, total, value=-1)
+            grad = pull.addcmul_(s, total, value=-1)
         else:
             kept = pull[:, :-1] - s.gather(-1, top) * total
             grad = (s * (pull[:, -1:] / tail_s - total)).scatter_(-1, top, kept)
@@ -403,7 +403,7 @@ def _entries(s: Tensor, t: Tensor, log_ratio: Tensor, beta: float) -> tuple[Tens
     log_ratio.clamp_(max=60)  # beyond it t is 0 beside s, and a large number would cancel badly in log(s/m)
     log_m_t = F.softplus(log_ratio + odds, threshold=threshold).add_(math.log(beta))
     pull = log_ratio.sub_(log_m_t).mul_(s).mul_(1 - beta)
-    return torch.addcmul(pull, t, log_m_t, value=-beta), pull
+    return log_m_t.mul_(t).mul_(-beta).add_(pull), pull
 
 
 def _pure_rows(zs: Tensor, zt: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
