@@ -129,6 +129,8 @@ def _decode(
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     longest = max(len(p) for p in prompts)
+    if device.type == "cpu":
+        longest += 1  # without any padding there is no mask, and torch's CPU attention is then four times slower a token
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (R/copies, L)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -142,7 +144,7 @@ def _decode(
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=torch.tensor([longest - 1], device=device),  # an index copies; a slice of all rows is not dense
     )
     logits, position, cache = out.logits[:, -1], positions[:, -1:] + 1, out.past_key_values
     if copies > 1:
