@@ -15,7 +15,12 @@ STUDENT = "default"  # PEFT's name of the one adapter that trains
 
 def switchable_layers(model: nn.Module) -> list[nn.Module]:
     """Every layer that an adapter changes: LoRA layers and copies of modules that are trained whole."""
-    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [module for module in model.modules() if is_switchable(module)]
+
+
+def is_switchable(module: nn.Module) -> bool:
+    """Whether an adapter changes this layer, and can be switched off in it."""
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -196,8 +196,9 @@ def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tor
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode (no dropout, no activation checkpointing), the mode of every module put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
         for module, training in modes:
