@@ -52,6 +52,14 @@ class DataArguments:
             'line JSON), e.g. {"privileged_messages": "{{ solution }}"}.'
         },
     )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a control of this run instead, into output_dir/controls/NAME. shuffled: each row's PI is "
+            "another row's. no_pi: the teacher reads what the student reads. sft: fine-tuning on the reference "
+            "answers. offline: lmbda 0."
+        },
+    )
     resume: bool = field(default=False, metadata={"help": "Continue the run in output_dir from its last checkpoint."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run that is in output_dir, and start anew."})
     told: dict[str, Any] = field(init=False, default_factory=dict)  # what recipe and flags said, and nothing else

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import Parser, column_templates
+from .controls import CONTROLS, check_controls
 from .errors import ConfigError, DataError
 from .sources import load_named, split_of
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from .adapter_run import AdapterRun
     from .collator import DataCollatorForPrivilegedGKD
-    from .evaluate import Evaluation
+    from .evaluate import Drift, Evaluation
 
 RESULTS_FILE = "eval_results.json"
 ANSWERS_FILE = "eval_answers.jsonl"
@@ -54,6 +55,13 @@ class EvalArguments:
     group_key: str | None = field(
         default=None, metadata={"help": "Column that marks rows which belong together, for the bootstrap interval."}
     )
+    controls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Controls to compare with, e.g. shuffled,no_pi,sft (or offline): the run trained again with one "
+            "thing taken away, see --control of pgkd train. Missing ones are trained first, into RUN_DIR/controls."
+        },
+    )
     neutral_dataset_name: str | None = field(
         default=None, metadata={"help": "Prompts on which the student should answer as the base does: drift."}
     )
@@ -74,6 +82,8 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         self.columns = column_templates(self.columns)
+        if self.controls is not None:
+            self.controls = check_controls(self.controls)
         for phrase in self.hint_phrases or ():
             try:
                 re.compile(phrase)
@@ -102,8 +112,10 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     from rich.console import Console
 
     from .adapter_run import read_run
+    from .control_runs import find_controls
     from .data import validate_rows
     from .evaluate import HINT_PHRASES, evaluate, measure_drift, perplexity
+    from .resume import load_adapter
     from .scorers import check_scorable, make_scorer
     from .teacher import adapter_state
 
@@ -121,34 +133,57 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         neutral = list(load_named(args.neutral_dataset_name, split=args.neutral_dataset_split))
         validate_rows(neutral, collator)
     text = Path(args.text_file).read_text(encoding="utf-8") if args.text_file else None
+    controls = find_controls(run, args.controls) if args.controls else []
+    for control in controls:
+        if control.finished:
+            console.print(f"control {control.name}: {control.folder} is trained already")
+        else:
+            console.print(f"\ntraining the control {control.name} ({CONTROLS[control.name]}) in {control.folder}")
+            control.train()
 
     model = load_student(run)
-    result = evaluate(
-        model,
-        collator,
-        rows,
-        scorer,
-        max_new_tokens=args.max_new_tokens,
-        group_key=args.group_key,
-        phrases=args.hint_phrases or HINT_PHRASES,
-        seed=args.seed,
-    )
+    settings: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "group_key": args.group_key,
+        "phrases": args.hint_phrases or HINT_PHRASES,
+        "seed": args.seed,
+    }
+    result = evaluate(model, collator, rows, scorer, **settings)
     if neutral is not None:
-        drift = measure_drift(model, collator, neutral)
-        result.extra.update(drift=drift.kl, drift_details=asdict(drift))
+        add_drift(result, measure_drift(model, collator, neutral))
     if text is not None:
         ids = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for name, which in (("base", "disabled"), ("student", "shared")):
             with adapter_state(model, which) as weights:
                 result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
 
+    compared: dict[str, Evaluation] = {}
+    for control in controls:
+        load_adapter(model, control.folder)
+        three = ("base", "teacher", "student")
+        compared[control.name] = evaluate(model, collator, rows, scorer, columns=three, known=result, **settings)
+        if neutral is not None:
+            add_drift(compared[control.name], measure_drift(model, collator, neutral))
+    if compared:
+        result.extra["controls"] = {name: control_summary(other) for name, other in compared.items()}
+
     show(result, console, args.show)
     out = Path(args.out or run.folder / RESULTS_FILE)
-    settings = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
-    write_results(result, out, settings)
-    update_card(run.folder / "README.md", result, settings)
+    told = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
+    write_results(result, out, told)
+    update_card(run.folder / "README.md", result, told)
     console.print(f"Results: {out}; every answer: {answers_file(out)}")
     return 0
+
+
+def add_drift(result: Evaluation, drift: Drift) -> None:
+    result.extra.update(drift=drift.kl, drift_details=asdict(drift))
+
+
+def control_summary(result: Evaluation) -> dict[str, Any]:
+    """Of a control what concerns its student: base and teacher are those of the run."""
+    summary = result.summary()
+    return {**summary, "columns": {"student": summary["columns"]["student"]}}
 
 
 def held_out_rows(run: AdapterRun, args: EvalArguments) -> list[Mapping[str, Any]]:
@@ -223,27 +258,25 @@ LABELS = {
 
 
 def show(result: Evaluation, console: Any, examples: int) -> None:
-    """The result table, the recovered gap, and a few answers side by side."""
+    """The result table, with controls where there are any, the recovered gap, and a few answers side by side."""
     from rich.table import Table
 
     summary = result.summary()
+    controls = summary.get("controls", {})
     table = Table(title=f"{result.n} held-out rows")
     table.add_column("")
-    for name in ("score", "tokens", "cut off", "speaks of the hint", "PI 4-grams"):
+    drift = "drift" in summary
+    heads = ["score", *(["recovered"] if controls else []), *(["drift"] if controls and drift else [])]
+    for name in (*heads, "tokens", "cut off", "speaks of the hint", "PI 4-grams"):
         table.add_column(name, justify="right")
     for name, column in summary["columns"].items():
-        overlap = "" if column["pi_overlap"] is None else f"{column['pi_overlap']:.2f}"
-        table.add_row(
-            LABELS[name],
-            f"{column['score']:.3f}",
-            f"{column['length_tokens']:.1f}",
-            f"{column['truncated']:.2f}",
-            f"{column['hint_share']:.2f}",
-            overlap,
-        )
+        of = summary if name == "student" else {}
+        table.add_row(LABELS[name], *table_row(column, of, heads), end_section=list(summary["columns"])[-1] == name)
+    for name, control in controls.items():
+        table.add_row(f"{name}: {CONTROLS[name]}", *table_row(control["columns"]["student"], control, heads))
     console.print(table)
     console.print(recovered_line(summary))
-    if "drift" in summary:
+    if drift:
         details = summary["drift_details"]
         console.print(
             f"drift: {summary['drift']:.4f} nats/token KL(base || student) over {details['tokens']} tokens of "
@@ -253,6 +286,31 @@ def show(result: Evaluation, console: Any, examples: int) -> None:
         console.print(f"perplexity: base {summary['perplexity_base']:.2f}, student {summary['perplexity_student']:.2f}")
     if examples:
         console.print(answers_table(result, examples))
+
+
+def table_row(column: Mapping[str, Any], of: Mapping[str, Any], heads: Sequence[str]) -> list[str]:
+    """A line of the result table; recovered gap and drift only for a student, whose summary is `of`."""
+    cells = [f"{column['score']:.3f}"]
+    if "recovered" in heads:
+        cells.append(recovered_cell(of) if of else "")
+    if "drift" in heads:
+        cells.append(f"{of['drift']:.4f}" if of else "")
+    overlap = "" if column["pi_overlap"] is None else f"{column['pi_overlap']:.2f}"
+    return [
+        *cells,
+        f"{column['length_tokens']:.1f}",
+        f"{column['truncated']:.2f}",
+        f"{column['hint_share']:.2f}",
+        overlap,
+    ]
+
+
+def recovered_cell(summary: Mapping[str, Any]) -> str:
+    """The recovered gap with its interval, as short as a table wants it."""
+    if summary["recovered"] is None:
+        return "no gap"
+    between = summary["recovered_interval"]
+    return f"{summary['recovered']:.2f}" + (f" ({between[0]:.2f} to {between[1]:.2f})" if between else "")
 
 
 def recovered_line(summary: Mapping[str, Any]) -> str:
@@ -299,6 +357,16 @@ def update_card(path: Path, result: Evaluation, settings: Mapping[str, Any]) -> 
             f"| {LABELS[name]} | {column['score']:.3f} | {column['length_tokens']:.1f} | {column['hint_share']:.2f} |"
         )
     lines += ["", recovered_line(summary).capitalize() + "."]
+    if summary.get("controls"):
+        lines += ["", "Trained again with one thing taken away:", ""]
+        lines += ["| | score | recovered gap | drift | tokens | speaks of the hint |", "|---|---|---|---|---|---|"]
+        for name, of in {"student": summary, **summary["controls"]}.items():
+            column = of["columns"]["student"]
+            moved = f"{of['drift']:.4f}" if "drift" in of else ""
+            lines.append(
+                f"| {f'{name}: {CONTROLS[name]}' if name in CONTROLS else 'this run'} | {column['score']:.3f} | "
+                f"{recovered_cell(of)} | {moved} | {column['length_tokens']:.1f} | {column['hint_share']:.2f} |"
+            )
     if "drift" in summary:
         lines += ["", f"Drift on neutral prompts: {summary['drift']:.4f} nats/token KL(base || student)."]
     card = path.read_text(encoding="utf-8")

@@ -117,6 +117,10 @@ class Evaluation:
     def n(self) -> int:
         return len(self.rows)
 
+    def by_column(self) -> tuple[dict[str, list[Any]], ...]:
+        """What is held by column."""
+        return self.answers, self.scores, self.lengths, self.truncated
+
     def score(self, column: str) -> float:
         """Mean score of a column."""
         return float(np.mean(self.scores[column]))
@@ -172,6 +176,7 @@ def evaluate(
     phrases: Sequence[str] = HINT_PHRASES,
     bootstrap_samples: int = 2000,
     seed: int = 0,
+    known: Evaluation | None = None,
 ) -> Evaluation:
     """Answer every row as each column does, greedily, and score the answers.
 
@@ -182,6 +187,7 @@ def evaluate(
         columns: which of :data:`COLUMNS`; base, teacher and student are needed for the recovered gap.
         group_key: column whose equal values mark rows that belong together, for the bootstrap.
         phrases: regular expressions of answers that speak of the hint, see :func:`leakage`.
+        known: an evaluation of the same rows, scorer and base, of which base and teacher are taken over.
 
     Raises:
         DataError: a row cannot be used.
@@ -202,6 +208,10 @@ def evaluate(
     )
     for column in columns:
         assert column in COLUMNS, column
+        if known is not None and column in ("base", "teacher"):
+            for mine, theirs in zip(result.by_column(), known.by_column()):
+                mine[column] = theirs[column]
+            continue
         prompts = [row["teacher_ids" if column in ("teacher", "student_with_pi") else "student_ids"] for row in encoded]
         with adapter_state(model, "disabled" if column in ("base", "teacher") else "shared") as weights:
             completions = generate(
@@ -322,8 +332,9 @@ def _log_probs(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], pa
         attention_mask=mask.to(device),
         position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
         use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits[:, :-1]  # (R, C, V): what predicts the last C tokens
+        # what predicts the last C tokens; indices, because a slice is not dense and torch then copies the head R times
+        logits_to_keep=torch.arange(longest - width - 1, longest - 1, device=device),
+    ).logits  # (R, C, V)
     kept = [logits[i, width - len(completion) :] for i, (_, completion) in enumerate(rows)]
     return torch.cat(kept).float().log_softmax(-1)
 

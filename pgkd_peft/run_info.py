@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 HOLDOUT_FILE = "holdout.jsonl"
+SFT_IN_WORDS = "cross-entropy of the reference answers, without PI; mean over completion tokens, in nats"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -41,6 +42,8 @@ class RunInfo:
         self.trainer = trainer
         self.loaded = loaded
         self.report = report
+        self.control: str | None = None
+        self.finished = False
         self.started = 0.0
         self.seconds = 0.0
 
@@ -75,8 +78,9 @@ class RunInfo:
             "compute_dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
             "base_digest": trainer.frozen.digest,
             "loaded": self.loaded,
-            "divergence": args.divergence_in_words(),
-            "teacher_adapter": args.teacher_adapter,
+            "control": self.control,
+            "divergence": args.divergence_in_words() if self.control != "sft" else SFT_IN_WORDS,
+            "teacher_adapter": args.teacher_adapter if self.control != "sft" else None,
             "adapter_parameters": sum(p.numel() for p in adapter),
             "adapter_bytes": sum(p.numel() * p.element_size() for p in adapter),
             "dataset_fingerprint": self.report.fingerprint if self.report else None,
@@ -91,7 +95,9 @@ class RunInfo:
             "device": device_name(),
             "threads": torch.get_num_threads(),
             "git_revision": git_revision(),
+            "steps": trainer.state.global_step,
             "seconds": round(self.seconds, 2),
+            "finished": self.finished,
             "peak_memory_mib": peak_memory_mib(),
         }
 

@@ -21,6 +21,7 @@ from .sources import load_named, split_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .sft_control import SFTControlTrainer
     from .trainer import PrivilegedSelfDistillTrainer
 
 RECIPE_FILE = "recipe.yaml"
@@ -38,40 +39,37 @@ def main(argv: Sequence[str]) -> int:
     if trainer.is_world_process_zero():
         folder = config.output_dir
         print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
-        print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {folder}-merged")
+        if data.control is not None:
+            run = Path(str(folder)).parent.parent
+            print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
+        else:
+            print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {folder}-merged")
     return 0
 
 
 def train(
     data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
-) -> PrivilegedSelfDistillTrainer:
-    """Load the data, train, save.
+) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
+    """Load the data, train, save: the run itself, or the control of it that `data` names.
 
     Raises:
         PGKDError: a mistake in the arguments or the data, found before the model is loaded.
         RunInterrupted: a signal ended the run after a checkpoint was saved.
     """
     assert config.output_dir is not None
+    if data.control is not None:
+        from .controls import control_settings
+
+        control_settings(data.control, config)
     checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
     checkpoint = checkpoint or config.resume_from_checkpoint
     train_dataset, held_out = load_datasets(data, config)
-    eval_dataset = held_out if config.eval_strategy != "no" else None
-    peft_config = lora_config(model)
 
     from .live import LiveView, MetricsFileCallback, install
     from .run_info import HOLDOUT_FILE
-    from .trainer import PrivilegedSelfDistillTrainer
 
-    trainer = PrivilegedSelfDistillTrainer(
-        model=model.model_name_or_path,
-        teacher_model=config.teacher_model_name_or_path,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
-        peft_config=peft_config,
-        quantization_config=quantization_config(model, config),
-    )
+    trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
+    trainer.run_info.control = data.control
     trainer.add_callback(MetricsFileCallback())
     view = install(trainer)
     if trainer.is_world_process_zero():
@@ -82,14 +80,48 @@ def train(
     finally:
         if isinstance(view, LiveView):
             view.stop()  # gives the terminal its cursor back, also after an error
+    trainer.run_info.finished = True
     trainer.save_model()
+    if data.control is not None and trainer.is_world_process_zero():
+        mark_card(Path(config.output_dir) / "README.md", data.control)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     return trainer
 
 
+def make_trainer(
+    data: DataArguments,
+    model: ModelArguments,
+    config: PrivilegedGKDConfig,
+    train_dataset: Dataset,
+    held_out: Dataset | None,
+    callbacks: list[Any] | None,
+) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
+    """The trainer of the run, or of its control."""
+    common: dict[str, Any] = {
+        "args": config,
+        "train_dataset": train_dataset,
+        "callbacks": callbacks,
+        "peft_config": lora_config(model),
+        "quantization_config": quantization_config(model, config),
+    }
+    if data.control == "sft":
+        from .sft_control import SFTControlTrainer
+
+        return SFTControlTrainer(str(model.model_name_or_path), **common)
+    from .trainer import PrivilegedSelfDistillTrainer
+
+    return PrivilegedSelfDistillTrainer(
+        model=model.model_name_or_path,
+        teacher_model=config.teacher_model_name_or_path,
+        eval_dataset=held_out if config.eval_strategy != "no" else None,
+        **common,
+    )
+
+
 def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and the held-out rows, where the arguments name them or ``eval_strategy`` asks for them.
+    """The rows to train on (of a control: as it has them), and the held-out rows, where the arguments name them or
+    ``eval_strategy`` asks for them.
 
     Raises:
         DataError: the data cannot be read or mapped.
@@ -106,6 +138,10 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
         )
 
     train_dataset = load(data.dataset_name, data.dataset_train_split)
+    if data.control is not None:
+        from .controls import control_rows
+
+        train_dataset = control_rows(data.control, train_dataset, config)
     if data.eval_dataset_name is not None:
         return train_dataset, load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
     if config.eval_strategy == "no":
@@ -130,3 +166,18 @@ def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/usr/bin/env -S pgkd train --config\n# What the run in this folder was told.\n" + text, "utf-8")
+
+
+def mark_card(path: Path, control: str) -> None:
+    """Say at the top of a control's model card that it is one."""
+    if not path.is_file():
+        return
+    from .controls import CONTROLS
+
+    card = path.read_text(encoding="utf-8")
+    head, found, rest = card.partition("\n# ")
+    title, _, body = rest.partition("\n")
+    note = (
+        f"**This is the control `{control}` ({CONTROLS[control]}) of a run, trained to compare with, not to be used.**"
+    )
+    path.write_text(f"{head}{found}{title}\n\n{note}\n{body}" if found else f"{note}\n\n{card}", encoding="utf-8")

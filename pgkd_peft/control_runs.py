@@ -1,0 +1,110 @@
+"""The controls of a trained run: which are there, which have to be trained, and what each of them scores."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .adapter_run import ADAPTER_FILE, AdapterRun
+from .arguments import parse_train
+from .checkpoint import last_complete_checkpoint
+from .controls import CONTROLS, control_folder, control_rows, control_settings
+from .data import fingerprint
+from .errors import ConfigError
+from .train_command import NOT_IN_RECIPE, RECIPE_FILE, load_datasets, train
+
+
+@dataclass(frozen=True)
+class ControlRun:
+    """One control of a run.
+
+    Attributes:
+        name: one of :data:`~pgkd_peft.controls.CONTROLS`.
+        folder: where its adapter is, or will be.
+        finished: it is trained.
+        argv: the arguments of `pgkd train` that train it.
+    """
+
+    name: str
+    folder: Path
+    finished: bool
+    argv: tuple[str, ...]
+
+    def train(self) -> None:
+        """Train it, from its last whole checkpoint where an interrupted training left one."""
+        go_on = "--resume" if self.name != "sft" and last_complete_checkpoint(self.folder) else "--overwrite"
+        train(*parse_train([*self.argv, go_on]))
+        gc.collect()  # the trainer, its model and their callbacks hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def find_controls(run: AdapterRun, names: Sequence[str]) -> list[ControlRun]:
+    """The controls of a run, finished or to be trained; all is checked without a model.
+
+    Raises:
+        ConfigError: the run's folder does not say how it was trained, its data are no longer the same, or a control
+            there belongs to other settings or data.
+        DataError: a control is impossible on the run's rows.
+    """
+    folder = run.run_folder or run.folder
+    recipe = folder / RECIPE_FILE
+    if not recipe.is_file():
+        raise ConfigError(
+            f"controls are trained as the run was, but {folder} has no {RECIPE_FILE}, which `pgkd train` writes. Train "
+            "them with --control NAME and judge each with `pgkd eval`."
+        )
+    if run.info.get("control"):
+        raise ConfigError(f"{folder} is itself the control {run.info['control']!r}; give the folder of the run.")
+    return [_find(name, folder, recipe, run.info) for name in names]
+
+
+def _find(name: str, folder: Path, recipe: Path, info: Mapping[str, Any]) -> ControlRun:
+    argv = ("--config", str(recipe), "--output_dir", str(folder), "--control", name)
+    data, _, config = parse_train(argv)
+    own = {**data.told, "control": None}
+    plain = type(data)(**{k: v for k, v in vars(data).items() if k not in ("told", "control")})
+    rows, _ = load_datasets(plain, config)
+    if info.get("dataset_fingerprint") not in (None, fingerprint(rows, config.privileged_key)):
+        raise ConfigError(
+            f"the rows of {data.dataset_name} are no longer those that {folder} was trained on, so a control trained "
+            "now would differ from it by more than its name says. Bring the old data back, or train the run again."
+        )
+    key = config.privileged_key
+    rows = control_rows(name, rows, config)
+    control_settings(name, config)
+    here = control_folder(folder, name)
+    finished = is_finished(here)
+    if finished:
+        said = yaml.safe_load((here / RECIPE_FILE).read_text(encoding="utf-8"))
+        ours = {k: v for k, v in own.items() if k not in NOT_IN_RECIPE}
+        differ = [k for k in {**ours, **said} if k not in ("output_dir", "control") and said.get(k) != ours.get(k)]
+        if run_info(here).get("dataset_fingerprint") != fingerprint(rows, key):
+            differ.append("the rows")
+        if differ:
+            raise ConfigError(
+                f"{here} is the control of another run: it differs in {', '.join(differ)}. Delete that folder to have "
+                "it trained anew."
+            )
+    return ControlRun(name, here, finished, argv)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the training in a run folder came to its end and saved all."""
+    return bool(run_info(folder).get("finished")) and (folder / ADAPTER_FILE).is_file()
+
+
+def run_info(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def label(name: str) -> str:
+    return f"control {name}: {CONTROLS[name]}"
