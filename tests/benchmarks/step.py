@@ -7,8 +7,9 @@
 Same work: the same prompts, PI where the trainer knows PI (GKDTrainer and DistillationTrainer do not, so they do less),
 exactly `--new-tokens` sampled tokens a row, LoRA r=16 on all linear layers, the same base dtype and quantization (the
 guard of pgkd_peft.model for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to the end
-of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated). One JSON line a
-run is appended to tests/benchmarks/results/step.jsonl.
+of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated). `floor` is no
+trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase. One JSON line a run is
+appended to tests/benchmarks/results/step.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
-TRAINERS = ("pgkd", "gkd", "gkd-no-checkpointing", "sdft", "distillation")
+TRAINERS = ("pgkd", "floor", "gkd", "gkd-no-checkpointing", "sdft", "distillation")
 SHAPES = {  # Qwen2.5's architecture configs, random weights: speed and memory do not depend on what a model knows
     "qwen-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
     "qwen-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
@@ -60,14 +61,14 @@ def main() -> None:
         for batch in args.batch:
             for generations in args.generations:
                 for trainer in args.trainer:
-                    if generations > 1 and trainer not in ("pgkd", "sdft"):
+                    if generations > 1 and trainer not in ("pgkd", "floor", "sdft"):
                         continue
                     row = measure(setting(args, trainer, quantization, batch, generations))
                     rows.append(row)
                     show(rows)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+                    RESULTS.parent.mkdir(exist_ok=True)
+                    with RESULTS.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
 
 
 def setting(args: argparse.Namespace, trainer: str, quantization: str, batch: int, generations: int) -> dict[str, Any]:
@@ -107,7 +108,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(
         f"{row['trainer']:<22} {row['quantization']:<5} batch {row['batch']} x {row['generations']}  "
         f"{row['seconds']:7.2f} s/step ({ratio:5.1f}x ours)  {row['tokens_per_second']:7.1f} tokens/s  "
-        f"peak {row['peak_mib']:7.0f} MiB  rollout {row['rollout_seconds']:.2f} s",
+        f"peak {row['peak_mib']:7.0f} MiB  rollout {row['rollout_seconds']:.2f} s"
+        + "".join(f"  {p} {row[f'{p}_seconds']:.2f} s" for p in ("teacher", "student") if f"{p}_seconds" in row),
         flush=True,
     )
 
@@ -120,6 +122,8 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(job["threads"])
     path = model_path(job["model"])
+    if job["trainer"] == "floor":
+        return {**floor(path, job), **environment_of(job)}
     with tempfile.TemporaryDirectory() as scratch:
         trainer, generated = BUILDERS[job["trainer"]](path, job, scratch)
         ticks = count_steps(trainer)
@@ -141,6 +145,61 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
                 result[f"{phase}_seconds"] = round(statistics.median(values), 3)
             result["completion_length"] = logs[-1]["completion_length"]
     return {**result, **environment_of(job)}
+
+
+def floor(path: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the matrix products that a step of ours cannot do without; attention and everything else left out."""
+    import torch
+    from torch import nn
+
+    model = base_model(path, {**job, "quantization": "none"})
+    top = model.get_output_embeddings()
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not top]
+    rows, new = job["batch"] * job["generations"], job["new_tokens"]
+    prompt, privileged = job["batch"] * job["prompt_tokens"], job["batch"] * job["privileged_tokens"]
+
+    def through(tokens: int, *, back: bool = False) -> None:
+        for w in weights:
+            blank = w.new_ones(tokens, w.shape[0 if back else 1])
+            torch.mm(blank, w if back else w.t())
+
+    def head(tokens: int, times: int = 1) -> None:
+        for _ in range(times):
+            torch.mm(top.weight.new_ones(tokens, top.weight.shape[1]), top.weight.t())
+
+    def rollout() -> None:
+        through(prompt)
+        for _ in range(new):
+            head(rows)
+            through(rows)
+
+    def teacher() -> None:
+        through(prompt + privileged + rows * new)
+
+    def student() -> None:
+        tokens = rows * (job["prompt_tokens"] + new)
+        through(tokens)
+        through(tokens, back=True)
+        head(rows * new, times=3)  # both sides, and the gradient back
+
+    seconds: dict[str, float] = {}
+    for phase in (rollout, teacher, student):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.no_grad():
+                phase()
+            if job["device"] == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        seconds[f"{phase.__name__}_seconds"] = round(statistics.median(times), 3)
+    total = sum(seconds.values())
+    return {
+        "seconds": round(total, 3),
+        "tokens_per_second": round(rows * new / total, 1),
+        "peak_mib": round(peak_mib(job["device"]), 1),
+        **seconds,
+    }
 
 
 def environment_of(job: dict[str, Any]) -> dict[str, Any]:
