@@ -9,7 +9,8 @@
 
 Templates are Jinja, run in a sandbox: a recipe from elsewhere can read a row's columns and nothing else. Two rules
 beyond Jinja's: a template whose columns are all empty in a row gives "" (so no "Worked solution:" without one), and a
-column's template that is nothing but ``{{ name }}`` hands the value over as it is, a message list for example.
+column's template that is nothing but ``{{ name }}`` hands the value over as it is, a message list for example. One
+filter beyond Jinja's: ``{{ answer | regex_replace("<<.*?>>", "") }}`` replaces what a regular expression finds.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class ColumnMap:
         self._environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, finalize=lambda value: "" if value is None else value, keep_trailing_newline=True
         )
+        self._environment.filters["regex_replace"] = lambda text, found, by="": re.sub(found, by, str(text))
         self._available = list(available)
         self.sources: set[str] = set()
         self._makers = {target: self._compile(spec, f"columns.{target}") for target, spec in columns.items()}
@@ -95,7 +97,15 @@ class ColumnMap:
                 return values[bare[1]]
             try:
                 return template.render(values)
-            except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            except (
+                TemplateError,
+                re.error,
+                TypeError,
+                ValueError,
+                ArithmeticError,
+                LookupError,
+                AttributeError,
+            ) as error:
                 raise DataError(f"{where} cannot be rendered: {error}") from error
 
         return make

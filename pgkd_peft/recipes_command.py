@@ -53,7 +53,7 @@ def listing() -> str:
     found = recipes()
     indent = max(map(len, found)) + 4
     lines = [
-        textwrap.fill(purpose(path), 110, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+        textwrap.fill(purpose(path), 120, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
         for name, path in found.items()
     ]
     return "\n".join([*lines, "", "pgkd recipes cp NAME && pgkd train --config NAME.yaml"])

@@ -21,6 +21,8 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _STATED = re.compile(r"(?:####|\\boxed\{|\banswer\b[^\d\n.;]{0,20}?)\s*\$?\s*(?=[-+.]?\d)", re.IGNORECASE)
+# Lists, headings, quotes, tables, bold type, code.
+_MARKDOWN = re.compile(r"^\s*(?:[-*+•>|]|#{1,6}\s|\d+[.)]\s)|\*\*|__|`", re.MULTILINE)
 # How a text says which option it chooses, the plainest way first. A bare "A" may be an article, so it needs a mark.
 _CHOICES = (
     re.compile(r"\b[Aa]nswer\b\W*(?:(?:is|would be|should be|must be)\b)?\W*([A-J])\b(?!['’])"),
@@ -186,6 +188,11 @@ _SCORERS: dict[str, Callable[[str, str], bool]] = {
 def at_most_five_words(answer: str, row: Mapping[str, Any]) -> float:
     """1 for an answer of one to five words, whatever it says: ``pgkd_peft.scorers:at_most_five_words``."""
     return float(1 <= len(answer.split()) <= 5)
+
+
+def short_plain_prose(answer: str, row: Mapping[str, Any]) -> float:
+    """1 for an answer of one to sixty words without Markdown: ``pgkd_peft.scorers:short_plain_prose``."""
+    return float(1 <= len(answer.split()) <= 60 and not _MARKDOWN.search(answer))
 
 
 def _own_function(spec: str) -> Scorer:
