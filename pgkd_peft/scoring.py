@@ -64,15 +64,26 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
     ]
 
 
+def without_padding(model: nn.Module) -> bool:
+    """Whether the model's attention reads several rows in one line, telling them apart by their positions, at no cost:
+    FlashAttention's variable-length kernels. Others would make a mask of the line's length squared."""
+    return "flash" in str(base_of(model).config._attn_implementation)
+
+
 def pack(
-    prompts: Sequence[list[int]], rows: Sequence[Row], pad_id: int, device: torch.device
+    prompts: Sequence[list[int]], rows: Sequence[Row], pad_id: int, device: torch.device, *, flat: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Prompt + completion of each row, right-padded, with explicit positions.
+    """Prompt + completion of each row, right-padded, with explicit positions; or, `flat`, one after the other.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``position_ids`` (B, T) and ``hidden_mask`` (B, T), true at the positions
-        whose hidden state predicts a kept completion token.
+        whose hidden state predicts a kept completion token. Flat: (1, sum of T), positions from 0 in every row, and no
+        ``attention_mask``. The kept positions stand in the same order in both.
     """
+    if flat:
+        parts = [pack([prompt], [row], pad_id, device) for prompt, row in zip(prompts, rows)]
+        names = ("input_ids", "position_ids", "hidden_mask")
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in names}
     longest = max(len(p) + len(r.completion) for p, r in zip(prompts, rows))
     ids = torch.full((len(rows), longest), pad_id)  # (B, T)
     mask = torch.zeros_like(ids)
@@ -123,7 +134,7 @@ def score_teacher(model: nn.Module, rows: Sequence[Row], pad_id: int, token_budg
             row.teacher_hidden = torch.empty(0, 0, device=device)
     single = [group[0] for group in groups.values() if len(group) == 1]
     for batch in by_length(single, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget):
-        packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device)
+        packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device, flat=without_padding(model))
         hand_out(batch, model(**packed))
     for prompt, group in groups.items():
         if len(group) > 1:

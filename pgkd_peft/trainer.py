@@ -53,7 +53,7 @@ from .resume import CheckpointMixin
 from .rollout import RolloutEngine, generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .run_info import RunInfo
-from .scoring import Row, add_hidden_states_forward, pack, rows_of, score_teacher
+from .scoring import Row, add_hidden_states_forward, pack, rows_of, score_teacher, without_padding
 from .teacher import (
     AverageCallback,
     FrozenCheck,
@@ -315,7 +315,9 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
     def _tensors(self, rows: list[Row]) -> dict[str, Any]:
         if not rows:
             return {"rows": rows}
-        batch: dict[str, Any] = pack([row.prompt for row in rows], rows, self.pad_id, self.args.device)
+        batch: dict[str, Any] = pack(
+            [row.prompt for row in rows], rows, self.pad_id, self.args.device, flat=without_padding(self.model)
+        )
         batch["rows"] = rows
         return batch
 
@@ -363,7 +365,10 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
         if not rows:
             return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
         hidden = model(
-            **{k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids", "hidden_mask")}
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs.get("attention_mask"),
+            position_ids=inputs["position_ids"],
+            hidden_mask=inputs["hidden_mask"],
         )  # (N, D)
         teacher_hidden = torch.cat([row.teacher_hidden for row in rows if row.kept] or [hidden.detach()])
         tokens = torch.tensor([t for row in rows for t in row.kept], device=hidden.device, dtype=torch.long)

@@ -69,6 +69,26 @@ def test_every_completion_token_is_scored_at_its_place(make_trainer, kind):
     torch.testing.assert_close(loss.double(), expected.mean(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma"])
+def test_rows_in_one_line_are_scored_as_rows_under_each_other(make_trainer, monkeypatch, kind):
+    """What FlashAttention gets, here through the mask that other implementations make of the positions."""
+    results = []
+    for flat in (False, True):
+        for module in ("scoring", "trainer"):
+            monkeypatch.setattr(f"pgkd_peft.{module}.without_padding", lambda model, flat=flat: flat)
+        trainer = make_trainer(kind=kind, config={"lmbda": 0.0, "per_device_train_batch_size": 4})
+        perturb(trainer.model)
+        rows = rows_of(trainer.data_collator(ROWS))
+        shape = trainer._tensors(rows)["input_ids"].shape
+        assert shape == ((1, sum(r.length for r in rows)) if flat else (len(rows), max(r.length for r in rows)))
+        results.append(one_step(trainer))
+    padded, packed = results
+    assert padded["loss"] == pytest.approx(packed["loss"], rel=1e-4)
+    assert padded["loss"] > 1e-3
+    for name, grad in padded["grads"].items():
+        torch.testing.assert_close(packed["grads"][name], grad, rtol=1e-3, atol=1e-6)
+
+
 def test_collator_padding_is_ignored(make_trainer):
     """The same row alone and beside a longer one gives the same divergence."""
     trainer = make_trainer(config={"lmbda": 0.0})
