@@ -21,11 +21,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .collator import DataCollatorForPrivilegedGKD
     from .config import PrivilegedGKDConfig
+    from .gap_callback import RecoveredGapCallback
     from .trainer import PrivilegedSelfDistillTrainer
 
 _HOME = {
     "PrivilegedGKDConfig": "config",
     "PrivilegedSelfDistillTrainer": "trainer",
+    "RecoveredGapCallback": "gap_callback",
     "DataCollatorForPrivilegedGKD": "collator",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "DataCollatorForPrivilegedGKD",
     "PrivilegedGKDConfig",
     "PrivilegedSelfDistillTrainer",
+    "RecoveredGapCallback",
     "__version__",
 ]
 

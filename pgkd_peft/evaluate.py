@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +178,7 @@ def evaluate(
     bootstrap_samples: int = 2000,
     seed: int = 0,
     known: Evaluation | None = None,
+    student: Callable[[], AbstractContextManager[nn.Module]] | None = None,
 ) -> Evaluation:
     """Answer every row as each column does, greedily, and score the answers.
 
@@ -187,7 +189,9 @@ def evaluate(
         columns: which of :data:`COLUMNS`; base, teacher and student are needed for the recovered gap.
         group_key: column whose equal values mark rows that belong together, for the bootstrap.
         phrases: regular expressions of answers that speak of the hint, see :func:`leakage`.
+        bootstrap_samples: of the interval, see :func:`bootstrap_recovered`; 0 leaves it out.
         known: an evaluation of the same rows, scorer and base, of which base and teacher are taken over.
+        student: gives the weights that answer as the student, such as a run's rollout engine; default: `model` itself.
 
     Raises:
         DataError: a row cannot be used.
@@ -213,7 +217,8 @@ def evaluate(
                 mine[column] = theirs[column]
             continue
         prompts = [row["teacher_ids" if column in ("teacher", "student_with_pi") else "student_ids"] for row in encoded]
-        with adapter_state(model, "disabled" if column in ("base", "teacher") else "shared") as weights:
+        own = column not in ("base", "teacher")
+        with student() if own and student else adapter_state(model, "shared" if own else "disabled") as weights:
             completions = generate(
                 weights, prompts, max_new_tokens=max_new_tokens, stop_ids=stops, pad_id=collator.pad_token_id
             )
@@ -222,7 +227,7 @@ def evaluate(
         result.lengths[column] = [len(ids) - end for ids, end in zip(completions, ended)]
         result.truncated[column] = [not end for end in ended]
         result.scores[column] = [scorer(answer, row) for answer, row in zip(result.answers[column], rows)]
-    if {"base", "teacher", "student"} <= set(columns):
+    if bootstrap_samples and {"base", "teacher", "student"} <= set(columns):
         result.interval = bootstrap_recovered(
             result.scores["base"],
             result.scores["teacher"],
@@ -279,19 +284,14 @@ class Drift:
     prompts: int
 
 
-@torch.no_grad()
-def measure_drift(
+def continuations(
     model: nn.Module,
     collator: DataCollatorForPrivilegedGKD,
     rows: Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int = DRIFT_TOKENS,
-    rows_at_once: int = 8,
-) -> Drift:
-    """KL(base || student) on neutral prompts.
-
-    The base continues each prompt greedily (up to `max_new_tokens`, end of turn included); then both read prompt and
-    continuation, and their next-token distributions are compared at every continuation token.
+) -> list[tuple[list[int], list[int]]]:
+    """Each row's prompt without PI, and the base's own greedy continuation of it, end of turn included.
 
     Raises:
         DataError: a row cannot be used.
@@ -302,10 +302,36 @@ def measure_drift(
         completions = generate(
             base, prompts, max_new_tokens=max_new_tokens, stop_ids=stops, pad_id=collator.pad_token_id
         )
+    return list(zip(prompts, completions))
+
+
+@torch.no_grad()
+def measure_drift(
+    model: nn.Module,
+    collator: DataCollatorForPrivilegedGKD,
+    rows: Sequence[Mapping[str, Any]] = (),
+    *,
+    max_new_tokens: int = DRIFT_TOKENS,
+    rows_at_once: int = 8,
+    continued: Sequence[tuple[list[int], list[int]]] | None = None,
+) -> Drift:
+    """KL(base || student) on neutral prompts.
+
+    The base continues each prompt greedily (up to `max_new_tokens`, end of turn included); then both read prompt and
+    continuation, and their next-token distributions are compared at every continuation token.
+
+    Args:
+        continued: prompts and continuations of :func:`continuations`, where they are known; instead of `rows`.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    if continued is None:
+        continued = continuations(model, collator, rows, max_new_tokens=max_new_tokens)
     kl_sum, agree, tokens = 0.0, 0, 0
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
-    for start in range(0, len(order), rows_at_once):
-        part = [(prompts[i], completions[i]) for i in order[start : start + rows_at_once]]
+    ordered = sorted(continued, key=lambda row: len(row[0]) + len(row[1]))
+    for start in range(0, len(ordered), rows_at_once):
+        part = ordered[start : start + rows_at_once]
         with adapter_state(model, "disabled") as base:
             before = _log_probs(base, part, collator.pad_token_id)  # (N, V)
         with adapter_state(model, "shared") as student:
@@ -313,7 +339,7 @@ def measure_drift(
         kl_sum += (before.exp() * (before - after)).sum(-1).double().sum().item()
         agree += int((before.argmax(-1) == after.argmax(-1)).sum())
         tokens += len(before)
-    return Drift(kl_sum / tokens, agree / tokens, tokens, len(prompts))
+    return Drift(kl_sum / tokens, agree / tokens, tokens, len(ordered))
 
 
 def _log_probs(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> torch.Tensor:

@@ -44,6 +44,7 @@ from .config import PrivilegedGKDConfig
 from .console import show_log_lines
 from .divergence import linear_jsd
 from .errors import ConfigError, PGKDError
+from .gap_callback import EvaluationMixin
 from .health import HealthCallback
 from .interrupt import interruptible
 from .memory import memory_for
@@ -71,7 +72,7 @@ class NonFiniteLossError(PGKDError):
     """The loss is NaN or infinite; the batch was saved for inspection."""
 
 
-class PrivilegedSelfDistillTrainer(CheckpointMixin, GKDTrainer):
+class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer):
     """On-policy self-distillation with privileged information (PI).
 
     The student answers the conversation; the teacher, by default the same base with the adapter switched off, reads

@@ -1,0 +1,267 @@
+"""The recovered gap as a curve: what evaluations measure, and that training does not notice them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import perturb
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import ROWS, tiny_model
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from pgkd_peft import RecoveredGapCallback
+from pgkd_peft.errors import ConfigError, DataError
+from pgkd_peft.evaluate import evaluate, measure_drift, recovered_gap
+
+HELD_OUT = ROWS[:3]
+NEUTRAL = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello there", "One and two?", "Why")]
+SALT = b"11"
+EVALUATE = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+
+
+def dataset(rows=HELD_OUT):
+    from pgkd_peft.readers import to_dataset
+
+    return to_dataset(rows)
+
+
+def letters(answer, row):
+    """A score that depends on every character of an answer. It happens to give the teacher more than the base."""
+    return zlib.crc32(answer.encode() + SALT) % 1000 / 1000
+
+
+class Scripted:
+    """A scorer by which the base scores 0, the teacher 1 and the student what the script says, evaluation by
+    evaluation. It counts the answers that it sees: base, teacher, then the student at every evaluation."""
+
+    def __init__(self, rows: int, script: list[float]):
+        self.rows, self.script, self.calls = rows, script, -rows  # RecoveredGapCallback tries every row once
+
+    def __call__(self, answer, row) -> float:
+        turn, self.calls = self.calls // self.rows, self.calls + 1
+        return 0.0 if turn <= 0 else 1.0 if turn == 1 else self.script[turn - 2]
+
+
+def curve(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+# ---- what is measured ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["adapter", "merged"])
+def test_evaluations_have_the_numbers_of_pgkd_eval(make_trainer, engine):
+    callback = RecoveredGapCallback(HELD_OUT, letters, neutral_rows=NEUTRAL)
+    trainer = make_trainer(
+        config={**EVALUATE, "learning_rate": 0.05, "rollout_engine": engine, "max_steps": 3},
+        eval_dataset=dataset(),
+        callbacks=[callback],
+    )
+    seen = []
+
+    class Check(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            result = evaluate(trainer.model, trainer.data_collator, HELD_OUT, letters, max_new_tokens=8)
+            drift = measure_drift(trainer.model, trainer.data_collator, NEUTRAL)
+            seen.append(metrics)
+            for name in ("base", "teacher", "student"):
+                assert metrics[f"eval_{name}"] == pytest.approx(result.score(name), abs=1e-9), name
+            assert metrics["eval_recovered"] == pytest.approx(result.recovered, abs=1e-9)
+            assert metrics["eval_drift"] == pytest.approx(drift.kl, rel=1e-6)
+
+    trainer.add_callback(Check())
+    trainer.train()
+    assert len(seen) == 3
+    assert len({metrics["eval_student"] for metrics in seen}) > 1, "the student must move for this to test anything"
+    assert len({metrics["eval_base"] for metrics in seen}) == 1
+    assert seen[0]["eval_teacher"] != seen[0]["eval_base"]
+    assert curve(trainer, "eval_recovered") == [metrics["eval_recovered"] for metrics in seen]
+    assert [log["step"] for log in trainer.state.log_history if "eval_recovered" in log] == [1, 2, 3]
+
+
+def test_base_and_teacher_answer_once(make_trainer, monkeypatch):
+    import pgkd_peft.gap_callback as module
+
+    asked = []
+    real = module.evaluate
+
+    def counting(*args, columns, known, **kwargs):
+        asked.append([c for c in columns if known is None or c == "student"])
+        return real(*args, columns=columns, known=known, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", counting)
+    callback = RecoveredGapCallback(HELD_OUT, letters)
+    trainer = make_trainer(config={**EVALUATE, "max_steps": 2}, eval_dataset=dataset(), callbacks=[callback])
+    trainer.train()
+    trainer.evaluate()
+    assert asked == [["base", "teacher"], ["student"], ["student"], ["student"]]
+
+
+def test_evaluate_without_training_and_a_callback_added_later(make_trainer):
+    trainer = make_trainer(eval_dataset=dataset())
+    trainer.add_callback(RecoveredGapCallback(HELD_OUT, letters, max_new_tokens=4))
+    metrics = trainer.evaluate()
+    assert metrics["eval_student"] == metrics["eval_base"] != metrics["eval_teacher"]
+    assert metrics["eval_recovered"] == 0.0
+    assert "eval_drift" not in metrics
+    assert "eval_loss" in metrics
+
+
+def test_once_an_evaluation_of_several_sets(make_trainer):
+    scorer = Scripted(len(HELD_OUT), [0.25, 0.5])
+    trainer = make_trainer(
+        config={**EVALUATE, "max_steps": 2},
+        eval_dataset={"a": dataset(), "b": dataset(ROWS[1:])},
+        callbacks=[RecoveredGapCallback(HELD_OUT, scorer)],
+    )
+    trainer.train()
+    assert curve(trainer, "eval_recovered") == [0.25, 0.5]
+    assert len(curve(trainer, "eval_b_loss")) == 2
+
+
+def test_no_gap(make_trainer, caplog):
+    callback = RecoveredGapCallback(HELD_OUT, lambda answer, row: 0.5)
+    trainer = make_trainer(config={**EVALUATE, "max_steps": 1}, eval_dataset=dataset(), callbacks=[callback])
+    trainer.train()
+    assert curve(trainer, "eval_student") == [0.5]
+    assert curve(trainer, "eval_recovered") == []
+    assert "no gap to recover on the 3 held-out rows" in caplog.text
+    trainer = make_trainer(
+        config={**EVALUATE, "max_steps": 1, "metric_for_best_model": "eval_recovered"},
+        eval_dataset=dataset(),
+        callbacks=[RecoveredGapCallback(HELD_OUT, lambda answer, row: 0.5)],
+    )
+    with pytest.raises(ConfigError, match=r"eval_recovered, but there is no gap .* scores 0\.500, the base 0\.500"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"metric_for_best_model": "recovered"}, "--scorer"),
+        ({"metric_for_best_model": "eval_student"}, "nothing measures"),
+        ({"metric_for_best_model": "eval_drift", "_scorer": True}, "--neutral_dataset_name"),
+    ],
+)
+def test_a_metric_that_nobody_measures_is_refused_before_the_first_step(make_trainer, settings, words):
+    settings = dict(settings)
+    callbacks = [RecoveredGapCallback(HELD_OUT, letters)] if settings.pop("_scorer", False) else []
+    trainer = make_trainer(config={**EVALUATE, **settings}, eval_dataset=dataset(), callbacks=callbacks)
+    with pytest.raises(ConfigError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_rows_that_cannot_be_scored_are_refused_by_the_callback():
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n.*row 1"):
+        RecoveredGapCallback([ROWS[0], {"messages": [{"role": "user", "content": "Hi"}]}])
+    with pytest.raises(ConfigError, match="contians"):
+        RecoveredGapCallback(HELD_OUT, "contians")
+    with pytest.raises(ConfigError, match="no rows"):
+        RecoveredGapCallback([])
+
+
+# ---- training does not notice --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lmbda", [1.0, 0.5])
+def test_evaluations_change_no_weight(make_trainer, tmp_path, lmbda):
+    def run(name, **settings):
+        trainer = make_trainer(
+            config={
+                "output_dir": str(tmp_path / name),
+                "max_steps": 4,
+                "lmbda": lmbda,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 0.02,
+                **settings,
+            },
+            eval_dataset=dataset(),
+            callbacks=[RecoveredGapCallback(HELD_OUT, letters, neutral_rows=NEUTRAL)],
+            peft_config=LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        return weights, logs
+
+    weights, logs = run("with", **EVALUATE)
+    other_weights, other_logs = run("without")
+    assert len(weights) > 10
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    timing = ("seconds", "per_second")
+    for log, other in zip(logs, other_logs):
+        assert {k: v for k, v in log.items() if not any(part in k for part in timing)} == {
+            k: v for k, v in other.items() if not any(part in k for part in timing)
+        }
+
+
+# ---- the best adapter ----------------------------------------------------------------------------------------------
+
+
+def best_run(make_trainer, script, **settings):
+    callbacks = settings.pop("callbacks", [])
+    trainer = make_trainer(
+        config={
+            **EVALUATE,
+            "max_steps": len(script),
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "learning_rate": 0.02,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_recovered",
+            **settings,
+        },
+        eval_dataset=dataset(),
+        callbacks=[*callbacks, RecoveredGapCallback(HELD_OUT, Scripted(len(HELD_OUT), script))],
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer, Path(trainer.args.output_dir)
+
+
+@pytest.mark.parametrize("teacher", ["disabled", "ema"])
+def test_the_best_adapter_is_kept_and_saved(make_trainer, teacher):
+    script = [0.2, 0.9, 0.4, 0.3]
+    trainer, folder = best_run(make_trainer, script, save_total_limit=2, teacher_adapter=teacher)
+    assert trainer.state.best_metric == 0.9
+    assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-2")
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    best = load_file(folder / "checkpoint-2" / "adapter_model.safetensors")
+    last = load_file(folder / "checkpoint-4" / "adapter_model.safetensors")
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], best[name]) for name in best)
+    assert any(not torch.equal(saved[name], last[name]) for name in last)
+    assert any(param.requires_grad for param in trainer.model.parameters())
+    assert trainer.args.greater_is_better
+
+
+def test_early_stopping_by_a_callback_that_stands_before_ours(make_trainer):
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer, folder = best_run(make_trainer, [0.5, 0.75, 0.625, 0.75, 0.875, 0.875], callbacks=[stop])
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-2")
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_metric"] == 0.75
+
+
+def test_the_perturbed_student_differs(make_trainer):
+    """The scores of `letters` depend on the weights, so the tests above compare what they seem to compare."""
+    trainer = make_trainer(model=tiny_model("llama"), eval_dataset=dataset())
+    trainer.add_callback(RecoveredGapCallback(HELD_OUT, letters))
+    before = trainer.evaluate()
+    perturb(trainer.model, 0.5)
+    after = trainer.evaluate()
+    assert before["eval_base"] == after["eval_base"]
+    assert before["eval_student"] != after["eval_student"]
+
+
+def test_rows_may_be_a_dataset():
+    assert len(RecoveredGapCallback(Dataset.from_list(HELD_OUT[:1]), letters).rows) == 1
