@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import perturb
-from tiny import ROWS, save_tiny
+from tiny import ROWS, byte_tokenizer, save_tiny
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
 from pgkd_peft.model import attach_lora, base_of, dequantized_weight, guard_cpu_linear4bit, load_base
@@ -113,3 +113,26 @@ def test_base_weights_are_the_same_after_a_run(tmp_path):
     after = weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(bool(p.any()) for n, p in trainer.model.named_parameters() if "lora_B" in n)  # something was trained
+
+
+def test_fp16_with_loss_scaling_trains_as_fp32_does(make_trainer, llama_path):
+    """A T4's path: NF4 base with fp16 compute, fp16 autocast, gradient scaling; here on the CPU's autocast."""
+    logs = {}
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        base = load_base(llama_path, dtype=dtype)
+        config = {"lmbda": 0.0, "max_steps": 2, "logging_steps": 1, "fp16": name == "fp16"}
+        trainer = make_trainer(model=base, tokenizer=byte_tokenizer(), config=config)
+        if name == "fp16":  # accelerate switches both on for a GPU alone
+            trainer.accelerator.native_amp = True
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        perturb(trainer.model, 0.02)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        logs[name] = [e for e in trainer.state.log_history if "divergence" in e]
+        assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters() if n in before)
+        if name == "fp16":
+            assert trainer.accelerator.scaler.get_scale() == 2**16  # no step was skipped for an overflow
+    for fp32, fp16 in zip(logs["fp32"], logs["fp16"], strict=True):
+        assert fp16["divergence"] == pytest.approx(fp32["divergence"], rel=0.05)
+        assert fp16["grad_norm"] == pytest.approx(fp32["grad_norm"], rel=0.05)
+        assert fp32["grad_norm"] > 0
