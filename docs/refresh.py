@@ -1,0 +1,259 @@
+"""Makes what is made by program: docs/api.md, the outputs in docs/walkthrough.md, the notebook's stored outputs.
+
+    python docs/refresh.py api            docstrings -> api.md (a test checks that it is up to date)
+    python docs/refresh.py walkthrough    runs the walkthrough's commands in a fresh clone, and stores what they print
+    python docs/refresh.py notebook       runs the notebook with its own settings, and stores its outputs
+
+Of what commands print, the folders that they ran in are left out; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+API = ROOT / "docs" / "api.md"
+WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
+NOTEBOOK = ROOT / "examples" / "privileged_gkd_colab.ipynb"
+
+# What a user's own program calls, by module. Everything else is how it is done.
+PUBLIC = {
+    "trainer": ["PrivilegedSelfDistillTrainer"],
+    "config": ["PrivilegedGKDConfig"],
+    "collator": ["DataCollatorForPrivilegedGKD"],
+    "gap_callback": ["RecoveredGapCallback"],
+    "sources": ["load_named"],
+    "data": ["load_rows", "map_columns", "validate_rows", "DataReport"],
+    "inspect_rows": ["inspect_rows"],
+    "evaluate": ["evaluate", "Evaluation", "recovered_gap", "bootstrap_recovered", "measure_drift", "Drift", "leakage"],
+    "scorers": ["make_scorer"],
+    "divergence": ["linear_jsd"],
+    "teacher": ["adapter_state"],
+    "model": ["load_base", "load_tokenizer", "attach_lora", "default_lora", "demo_model_path"],
+    "merge": ["merge_adapter"],
+    "export": ["export_adapter"],
+    "report": ["write_report"],
+}
+ERRORS = ("errors", "trainer", "memory", "checkpoint", "interrupt", "merge")
+
+# ---- api.md --------------------------------------------------------------------------------------------------------
+
+
+def api_markdown() -> str:
+    """The public names with their signatures and docstrings."""
+    parts = [
+        "# API reference",
+        "Made from the docstrings by `python docs/refresh.py api`. Names of `pgkd_peft` itself come first; the others "
+        "are imported from their module, e.g. `from pgkd_peft.evaluate import evaluate`. The command line has its own "
+        "help: `pgkd COMMAND --help`.",
+    ]
+    for module, names in PUBLIC.items():
+        found = _definitions(module)
+        for name in names:
+            shown = f"pgkd_peft.{name}" if _is_top_level(name) else f"pgkd_peft.{module}.{name}"
+            parts += [f"## `{shown}`", *_entry(found[name], _source(module))]
+    parts += ["## Errors", "All of them are a `PGKDError`, which is a `ValueError`, unless their base says otherwise."]
+    lines = []
+    for module in ERRORS:
+        for name, node in _definitions(module).items():
+            if isinstance(node, ast.ClassDef) and name.endswith(("Error", "Interrupted")):
+                bases = ", ".join(ast.unparse(base) for base in node.bases)
+                first = (ast.get_docstring(node) or "").split("\n\n")[0]
+                lines.append(f"* `pgkd_peft.{module}.{name}({bases})`: {_inline(' '.join(first.split()))}")
+    return "\n\n".join(part for part in parts if part) + "\n\n" + "\n".join(lines) + "\n"
+
+
+def _source(module: str) -> str:
+    return (ROOT / "pgkd_peft" / f"{module}.py").read_text(encoding="utf-8")
+
+
+def _definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    body = ast.parse(_source(module)).body
+    return {node.name: node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+
+
+def _is_top_level(name: str) -> bool:
+    return f'"{name}",' in _source("__init__")
+
+
+def _entry(node: ast.ClassDef | ast.FunctionDef, source: str) -> Iterator[str]:
+    """A definition as Markdown: signature, docstring, and of a class its settings and public methods."""
+    function = node
+    if isinstance(node, ast.ClassDef):
+        methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+        function = next((child for child in methods if child.name == "__init__"), node)
+    if isinstance(function, ast.FunctionDef):
+        yield f"```python\n{_signature(function, source, node.name)}\n```"
+    yield from _docstring(node)
+    if not isinstance(node, ast.ClassDef):
+        return
+    fields = list(_settings(node))
+    if fields:
+        yield "\n".join(["| field | default | meaning |", "|---|---|---|", *fields])
+    for child in methods:
+        documented = ast.get_docstring(child)
+        if documented and not child.name.startswith("_"):
+            heading = documented.split("\n\n")[0]
+            yield f"**`{child.name}`** {_inline(' '.join(heading.split()))}"
+
+
+def _signature(function: ast.FunctionDef, source: str, name: str) -> str:
+    """As it stands in the source, without `self`."""
+    lines = source.splitlines()[function.lineno - 1 : function.body[0].lineno - 1]
+    text = inspect.cleandoc("\n".join(lines))
+    text = text[: text.rindex(":")] if function.body[0].lineno > function.lineno else text
+    text = re.sub(r"^def \w+", name, text)
+    text = re.sub(r"\(\s*self,?\s*", lambda match: "(\n    " if "\n" in match.group() else "(", text, count=1)
+    return text.removesuffix(" -> None")
+
+
+def _docstring(node: ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
+    """Paragraphs; the sections Args, Returns, Raises and Attributes as lists."""
+    for block in re.split(r"\n\n+", ast.get_docstring(node) or ""):
+        heading, _, rest = block.partition("\n")
+        if heading in ("Args:", "Returns:", "Raises:", "Attributes:"):
+            yield f"**{heading.removesuffix(':')}**"
+            yield "\n".join(_items(textwrap.dedent(rest)))
+        elif heading.startswith(">>>"):
+            yield f"```python\n{block}\n```"
+        else:
+            yield _inline(block)
+
+
+def _items(text: str) -> Iterator[str]:
+    """One line an item; what is indented belongs to the item above it."""
+    items: list[str] = []
+    for line in text.splitlines():
+        if line.startswith(" ") and items:
+            items[-1] += ("\n  " if line.strip().startswith("* ") else " ") + line.strip()
+        else:
+            items.append(line.strip())
+    for item in items:
+        match = re.match(r"([\w, ]+?|``\w+``): (.*)", item, flags=re.S)
+        if match is None:
+            yield f"* {_inline(item)}"
+            continue
+        text = re.sub(r"^\* ", "\n  * ", match[2])  # the item is a list itself
+        yield f"* `{match[1].replace('`', '')}`: {_inline(text)}".replace(": \n", ":\n")
+
+
+def _settings(node: ast.ClassDef) -> Iterator[str]:
+    """The fields of a dataclass that carry help, as rows of a table."""
+    for child in node.body:
+        if not (isinstance(child, ast.AnnAssign) and isinstance(child.value, ast.Call)):
+            continue
+        given = {keyword.arg: keyword.value for keyword in child.value.keywords}
+        if "metadata" in given:
+            told = ast.literal_eval(given["metadata"].values[given["metadata"].keys.index(_key(given["metadata"]))])
+            yield f"| `{ast.unparse(child.target)}` | `{ast.unparse(given['default'])}` | {told.replace('|', '/')} |"
+
+
+def _key(metadata: ast.Dict) -> ast.expr:
+    return next(key for key in metadata.keys if isinstance(key, ast.Constant) and key.value == "help")
+
+
+def _inline(text: str) -> str:
+    """reStructuredText's marks as Markdown's."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
+    return re.sub(r"``([^`]+)``", r"`\1`", text)
+
+
+# ---- what commands print -------------------------------------------------------------------------------------------
+
+
+def clean(text: str, folder: str) -> str:
+    """The text without escape codes, progress bars and the folders of the machine that it was made on."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    text = "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
+    for there in {folder, os.path.realpath(folder)}:
+        text = text.replace(there + "/", "").replace(there, ".")
+    return text.replace(str(Path.home()), "~")
+
+
+def shorten(text: str, first: int = 14, last: int = 46) -> str:
+    """The first and the last lines of a long output."""
+    lines = [line.rstrip() for line in text.split("\n")]
+    return "\n".join(lines if len(lines) <= first + last else [*lines[:first], "[...]", *lines[-last:]])
+
+
+def walkthrough(text: str) -> str:
+    """The text with its ```console blocks run anew: after a line `$ command` stands what the command printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        clone = f"{folder}/pgkd-peft"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), clone], check=True)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": clone, "COLUMNS": "110", "HF_HUB_OFFLINE": "1"}
+
+        def run_block(match: re.Match[str]) -> str:
+            shown = []
+            for command in re.findall(r"^\$ (.*)", match[1], flags=re.M):
+                print(f"$ {command}", flush=True)
+                done = subprocess.run(
+                    ["bash", "-c", command],
+                    cwd=clone,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    check=False,
+                )
+                printed = shorten(clean(done.stdout, clone).strip("\n"))
+                shown.append(f"$ {command}\n{printed}" if printed else f"$ {command}")
+            return "```console\n" + "\n".join(shown) + "\n```"
+
+        return re.sub(r"^```console\n(.*?)^```", run_block, text, flags=re.S | re.M)
+
+
+def notebook() -> None:
+    """Run the notebook in an empty folder and store its outputs in it."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    stored = nbformat.read(NOTEBOOK, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        NotebookClient(stored, timeout=7200, kernel_name="python3", resources=resources).execute()
+        for cell in stored.cells:
+            cell.metadata.pop("execution", None)
+            if cell.cell_type == "code":
+                cell.outputs = list(_joined(cell.outputs))
+        text = nbformat.writes(stored)
+        NOTEBOOK.write_text(clean(text, folder) + "\n", encoding="utf-8")
+
+
+def _joined(outputs: list) -> Iterator:
+    """Successive pieces of one stream as one output."""
+    last = None
+    for output in outputs:
+        if last is not None and output.output_type == "stream" and last.get("name") == output.name:
+            last.text += output.text
+            continue
+        if last is not None:
+            yield last
+        last = output
+    if last is not None:
+        yield last
+
+
+def main(what: str) -> None:
+    if what == "api":
+        API.write_text(api_markdown(), encoding="utf-8")
+    elif what == "walkthrough":
+        WALKTHROUGH.write_text(walkthrough(WALKTHROUGH.read_text(encoding="utf-8")), encoding="utf-8")
+    elif what == "notebook":
+        notebook()
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) == 2 else "")
