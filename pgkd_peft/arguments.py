@@ -21,6 +21,7 @@ from trl import ModelConfig, TrlParser
 
 from .config import PrivilegedGKDConfig
 from .errors import ConfigError
+from .scorers import make_scorer
 from .sources import model_path
 
 
@@ -45,6 +46,31 @@ class DataArguments:
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Data to evaluate on when it is not a split of dataset_name."}
     )
+    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on the first n held-out rows only."})
+    scorer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Score answers to the held-out rows at every evaluation (eval_strategy, eval_steps): exact, "
+            "contains, regex, numeric, choice or module:function. Logs eval_student, eval_base, eval_teacher and "
+            "eval_recovered, by which load_best_model_at_end then chooses. Default: only the divergence is measured."
+        },
+    )
+    answer_key: str = field(
+        default="answer",
+        metadata={"help": "Column with the scorer's reference; without it the final assistant message."},
+    )
+    neutral_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts on which the student should answer as the base does: eval_drift, beside a scorer."},
+    )
+    neutral_dataset_split: str = field(default="train", metadata={"help": "Split of neutral_dataset_name."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many evaluations in a row without a better metric_for_best_model (with a scorer "
+            "eval_recovered)."
+        },
+    )
     columns: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -66,6 +92,11 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         self.columns = column_templates(self.columns)
+        for name in ("eval_limit", "early_stopping_patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more, or left out")
+        if self.scorer is not None:
+            make_scorer(self.scorer)
 
 
 def column_templates(columns: Any) -> dict[str, Any] | None:
@@ -146,6 +177,10 @@ class Parser(TrlParser):
             "temperature",
             "max_new_tokens",
             "seq_kd",
+            "eval_strategy",
+            "eval_steps",
+            "load_best_model_at_end",
+            "metric_for_best_model",
         }
         method = self._action_groups[1]  # where the fields of a dataclass without a group of its own go
         method.title = "method"
@@ -339,7 +374,34 @@ def parse_train(
             **{key: value for key, value in given.items() if value},
             **(config.model_init_kwargs or {}),
         }
+    settle_evaluation(data, config)
     return data, model, config
+
+
+def settle_evaluation(data: DataArguments, config: PrivilegedGKDConfig) -> None:
+    """With a scorer the best adapter is the one with the largest recovered gap, unless another metric was named.
+
+    Raises:
+        ConfigError: a setting needs evaluations, a scorer or a metric that there is not.
+    """
+    if config.eval_strategy == "no":
+        if data.early_stopping_patience is not None:
+            raise ConfigError(
+                f"early_stopping_patience is {data.early_stopping_patience}, but nothing is evaluated; add "
+                "--eval_strategy steps --eval_steps 20"
+            )
+        return
+    if data.neutral_dataset_name is not None and data.scorer is None:
+        raise ConfigError("neutral_dataset_name is set, but drift is measured beside a scorer; add --scorer contains")
+    chooses = config.load_best_model_at_end or data.early_stopping_patience is not None
+    if data.scorer is not None and chooses and data.told.get("metric_for_best_model") is None:
+        config.metric_for_best_model = "eval_recovered"
+        config.greater_is_better = True
+    if data.early_stopping_patience is not None and config.metric_for_best_model is None:
+        raise ConfigError(
+            "early_stopping_patience watches metric_for_best_model, which is not set; add --scorer contains (then it "
+            "is eval_recovered), or --metric_for_best_model loss"
+        )
 
 
 def lora_config(model: ModelArguments) -> Any:

@@ -15,10 +15,10 @@ import yaml
 from .adapter_run import ADAPTER_FILE, AdapterRun
 from .arguments import parse_train
 from .checkpoint import last_complete_checkpoint
-from .controls import CONTROLS, control_folder, control_rows, control_settings
+from .controls import control_folder, control_rows, control_settings
 from .data import fingerprint
 from .errors import ConfigError
-from .train_command import NOT_IN_RECIPE, RECIPE_FILE, load_datasets, train
+from .train_command import NOT_IN_RECIPE, RECIPE_FILE, load_datasets, recipe_folder, train
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,19 @@ def find_controls(run: AdapterRun, names: Sequence[str]) -> list[ControlRun]:
             there belongs to other settings or data.
         DataError: a control is impossible on the run's rows.
     """
-    folder = run.run_folder or run.folder
-    recipe = folder / RECIPE_FILE
-    if not recipe.is_file():
+    folder = recipe_folder(run.folder)
+    if folder is None:
         raise ConfigError(
-            f"controls are trained as the run was, but {folder} has no {RECIPE_FILE}, which `pgkd train` writes. Train "
-            "them with --control NAME and judge each with `pgkd eval`."
+            f"controls are trained as the run was, but {run.folder} has no {RECIPE_FILE}, which `pgkd train` writes. "
+            "Train them with --control NAME and judge each with `pgkd eval`."
         )
     if run.info.get("control"):
         raise ConfigError(f"{folder} is itself the control {run.info['control']!r}; give the folder of the run.")
-    return [_find(name, folder, recipe, run.info) for name in names]
+    return [_find(name, folder, run.info) for name in names]
 
 
-def _find(name: str, folder: Path, recipe: Path, info: Mapping[str, Any]) -> ControlRun:
-    argv = ("--config", str(recipe), "--output_dir", str(folder), "--control", name)
+def _find(name: str, folder: Path, info: Mapping[str, Any]) -> ControlRun:
+    argv = ("--config", str(folder / RECIPE_FILE), "--output_dir", str(folder), "--control", name)
     data, _, config = parse_train(argv)
     own = {**data.told, "control": None}
     plain = type(data)(**{k: v for k, v in vars(data).items() if k not in ("told", "control")})
@@ -104,7 +103,3 @@ def is_finished(folder: Path) -> bool:
 def run_info(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def label(name: str) -> str:
-    return f"control {name}: {CONTROLS[name]}"

@@ -12,19 +12,20 @@ Everything else (base, LoRA, rows, steps, batch, learning rate, seed) is as the 
 from __future__ import annotations
 
 import difflib
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from datasets import Dataset
-
-from .config import PrivilegedGKDConfig
 from .context import privileged_as_text
 from .errors import ConfigError, DataError
 from .messages import ParsedRow, parse_row
-from .readers import encode_column, ranges
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .config import PrivilegedGKDConfig
 
 CONTROLS = {
     "shuffled": "PI of other rows",
@@ -82,6 +83,8 @@ def control_rows(name: str, rows: Dataset, config: PrivilegedGKDConfig) -> Datas
     Raises:
         DataError: the control is impossible on these rows, or no different from the run; says what to do.
     """
+    from .readers import encode_column, ranges
+
     key = config.privileged_key
     parsed = [_parsed(row, key) for row in rows]
     if name in ("sft", "offline"):
@@ -128,14 +131,15 @@ def deranged(texts: Sequence[str], seed: int) -> list[int]:
             f"control shuffled gives each row the PI of another, different one, but {all_or} {len(texts)} rows with PI "
             f"have the same ({common[:60]!r}). Leave shuffled out."
         )
-    random = np.random.default_rng(seed)
-    order = [int(i) for i in random.permutation(len(texts))]
+    dice = random.Random(seed)
+    order = list(range(len(texts)))
+    dice.shuffle(order)
     for i, own in enumerate(texts):
         if texts[order[i]] == own:
             # Swap with a place that neither has this text nor holds it. There is one: at least `count` places have
             # another text, and at most count - 1 of them hold this one, since this place does too.
             j = i
             while own in (texts[j], texts[order[j]]):
-                j = int(random.integers(len(texts)))
+                j = dice.randrange(len(texts))
             order[i], order[j] = order[j], order[i]
     return order

@@ -13,6 +13,7 @@ from .arguments import Parser, column_templates
 from .controls import CONTROLS, check_controls
 from .errors import ConfigError, DataError
 from .sources import load_named, split_of
+from .train_command import RECIPE_FILE, recipe_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,12 +46,19 @@ class EvalArguments:
     columns: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Column templates, as for pgkd train. Default: those of the run."}
     )
-    scorer: str = field(
-        default="contains",
-        metadata={"help": "exact, contains, regex, numeric, choice, or module:function for one of your own."},
+    scorer: str | None = field(
+        default=None,
+        metadata={
+            "help": "exact, contains, regex, numeric, choice, or module:function for one of your own. Default: that of "
+            "the run, else contains."
+        },
     )
-    answer_key: str = field(
-        default="answer", metadata={"help": "Column with the reference; without it the final assistant message."}
+    answer_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the reference; without it the final assistant message. Default: that of the run, "
+            "else answer."
+        },
     )
     group_key: str | None = field(
         default=None, metadata={"help": "Column that marks rows which belong together, for the bootstrap interval."}
@@ -63,9 +71,14 @@ class EvalArguments:
         },
     )
     neutral_dataset_name: str | None = field(
-        default=None, metadata={"help": "Prompts on which the student should answer as the base does: drift."}
+        default=None,
+        metadata={
+            "help": "Prompts on which the student should answer as the base does: drift. Default: those of the run."
+        },
     )
-    neutral_dataset_split: str = field(default="train", metadata={"help": "Split of neutral_dataset_name."})
+    neutral_dataset_split: str | None = field(
+        default=None, metadata={"help": "Split of neutral_dataset_name. Default: that of the run, else train."}
+    )
     text_file: str | None = field(default=None, metadata={"help": "A text whose perplexity is measured."})
     limit: int | None = field(default=None, metadata={"help": "Only the first n rows."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length limit of an answer."})
@@ -122,7 +135,8 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     console = Console()
     run = read_run(adapter, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
     collator = collator_of(run)
-    scorer = make_scorer(args.scorer, answer_key=args.answer_key)
+    take_from_recipe(args, run_recipe(run))
+    scorer = make_scorer(str(args.scorer), answer_key=str(args.answer_key))
     rows = held_out_rows(run, args)
     validate_rows(rows, collator)
     check_scorable(rows, scorer)
@@ -130,7 +144,8 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         raise DataError(f"group_key is {args.group_key!r}, a column that the rows do not have")
     neutral = None
     if args.neutral_dataset_name is not None:
-        neutral = list(load_named(args.neutral_dataset_name, split=args.neutral_dataset_split))
+        split = split_of(args.neutral_dataset_name, args.neutral_dataset_split or "train")
+        neutral = list(load_named(args.neutral_dataset_name, split=split))
         validate_rows(neutral, collator)
     text = Path(args.text_file).read_text(encoding="utf-8") if args.text_file else None
     controls = find_controls(run, args.controls) if args.controls else []
@@ -169,6 +184,9 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
 
     show(result, console, args.show)
     out = Path(args.out or run.folder / RESULTS_FILE)
+    if run.info.get("control"):
+        result.extra["control"] = run.info["control"]
+        console.print(f"[bold]This is the control {run.info['control']} of a run, not the run itself.[/]")
     told = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
     write_results(result, out, told)
     update_card(run.folder / "README.md", result, told)
@@ -206,12 +224,20 @@ def held_out_rows(run: AdapterRun, args: EvalArguments) -> list[Mapping[str, Any
     return list(rows)[: args.limit]
 
 
+def take_from_recipe(args: EvalArguments, recipe: Mapping[str, Any]) -> None:
+    """What was not said is as the run had it, and else the usual."""
+    usual = {"scorer": "contains", "answer_key": "answer", "neutral_dataset_name": None, "neutral_dataset_split": None}
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, recipe.get(name) or value)
+
+
 def run_recipe(run: AdapterRun) -> dict[str, Any]:
     """What the run was told, from its folder; {} when it was not trained by `pgkd train`."""
     import yaml
 
-    path = (run.run_folder or run.folder) / "recipe.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    folder = recipe_folder(run.folder)
+    return (yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}) if folder is not None else {}
 
 
 def privileged_key(run: AdapterRun) -> str:
@@ -258,51 +284,56 @@ LABELS = {
 
 
 def show(result: Evaluation, console: Any, examples: int) -> None:
-    """The result table, with controls where there are any, the recovered gap, and a few answers side by side."""
+    """The result table, the recovered gap, the controls, and a few answers side by side."""
     from rich.table import Table
 
     summary = result.summary()
-    controls = summary.get("controls", {})
     table = Table(title=f"{result.n} held-out rows")
     table.add_column("")
-    drift = "drift" in summary
-    heads = ["score", *(["recovered"] if controls else []), *(["drift"] if controls and drift else [])]
-    for name in (*heads, "tokens", "cut off", "speaks of the hint", "PI 4-grams"):
+    for name in ("score", "tokens", "cut off", "speaks of the hint", "PI 4-grams"):
         table.add_column(name, justify="right")
     for name, column in summary["columns"].items():
-        of = summary if name == "student" else {}
-        table.add_row(LABELS[name], *table_row(column, of, heads), end_section=list(summary["columns"])[-1] == name)
-    for name, control in controls.items():
-        table.add_row(f"{name}: {CONTROLS[name]}", *table_row(control["columns"]["student"], control, heads))
+        table.add_row(LABELS[name], f"{column['score']:.3f}", *details(column))
     console.print(table)
     console.print(recovered_line(summary))
-    if drift:
-        details = summary["drift_details"]
+    if "drift" in summary:
+        moved = summary["drift_details"]
         console.print(
-            f"drift: {summary['drift']:.4f} nats/token KL(base || student) over {details['tokens']} tokens of "
-            f"{details['prompts']} neutral prompts; top-1 agreement {details['top1_agreement']:.3f}"
+            f"drift: {summary['drift']:.4f} nats/token KL(base || student) over {moved['tokens']} tokens of "
+            f"{moved['prompts']} neutral prompts; top-1 agreement {moved['top1_agreement']:.3f}"
         )
     if "perplexity_base" in summary:
         console.print(f"perplexity: base {summary['perplexity_base']:.2f}, student {summary['perplexity_student']:.2f}")
+    if "controls" in summary:
+        console.print(controls_table(summary))
     if examples:
         console.print(answers_table(result, examples))
 
 
-def table_row(column: Mapping[str, Any], of: Mapping[str, Any], heads: Sequence[str]) -> list[str]:
-    """A line of the result table; recovered gap and drift only for a student, whose summary is `of`."""
-    cells = [f"{column['score']:.3f}"]
-    if "recovered" in heads:
-        cells.append(recovered_cell(of) if of else "")
-    if "drift" in heads:
-        cells.append(f"{of['drift']:.4f}" if of else "")
-    overlap = "" if column["pi_overlap"] is None else f"{column['pi_overlap']:.2f}"
+def details(column: Mapping[str, Any]) -> list[str]:
+    """Length and leakage of a column's answers, as the tables have them."""
     return [
-        *cells,
         f"{column['length_tokens']:.1f}",
         f"{column['truncated']:.2f}",
         f"{column['hint_share']:.2f}",
-        overlap,
+        "" if column["pi_overlap"] is None else f"{column['pi_overlap']:.2f}",
     ]
+
+
+def controls_table(summary: Mapping[str, Any]) -> Table:
+    """The student of this run and those of its controls."""
+    from rich.table import Table
+
+    table = Table(title="Trained again with one thing taken away: the student's score")
+    table.add_column("")
+    names = ("score", "recovered gap", *(["drift"] if "drift" in summary else []))
+    for name in (*names, "tokens", "cut off", "of the hint", "4-grams"):
+        table.add_column(name, justify="right")
+    for name, of in {"this run": summary, **summary["controls"]}.items():
+        column = of["columns"]["student"]
+        cells = [f"{column['score']:.3f}", recovered_cell(of), *([f"{of['drift']:.4f}"] if "drift" in of else [])]
+        table.add_row(name, *cells, *details(column))
+    return table
 
 
 def recovered_cell(summary: Mapping[str, Any]) -> str:
@@ -330,6 +361,8 @@ def answers_table(result: Evaluation, count: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from .token_text import visible
+
     table = Table(title="Answers side by side", show_lines=True)
     table.add_column("prompt", ratio=3)
     for name in result.answers:
@@ -337,10 +370,10 @@ def answers_table(result: Evaluation, count: int) -> Table:
     step = max(1, result.n // count)
     for i in list(range(0, result.n, step))[:count]:
         cells = [
-            Text(answers[i][:300], style="green" if result.scores[name][i] >= 1 else "")
+            Text(visible(answers[i][:300]), style="green" if result.scores[name][i] >= 1 else "")
             for name, answers in result.answers.items()
         ]
-        table.add_row(Text(result.prompts[i][-300:]), *cells)
+        table.add_row(Text(visible(result.prompts[i][-300:])), *cells)
     return table
 
 

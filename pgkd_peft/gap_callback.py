@@ -71,7 +71,7 @@ class RecoveredGapCallback(TrainerCallback):
         Raises:
             ConfigError: there is no gap, but the best checkpoint is to be chosen by it.
         """
-        collator = trainer.data_collator
+        collator = _collator(trainer)
         if not isinstance(collator, DataCollatorForPrivilegedGKD):
             raise ConfigError(
                 f"RecoveredGapCallback needs the run's own collator, this is a {type(collator).__name__}; leave out "
@@ -117,7 +117,7 @@ class RecoveredGapCallback(TrainerCallback):
         if self.neutral is not None:
             kl = tokens = 0.0
             if self.neutral:
-                drift = measure_drift(trainer.model, trainer.data_collator, continued=self.neutral)
+                drift = measure_drift(trainer.model, _collator(trainer), continued=self.neutral)
                 kl, tokens = drift.kl * drift.tokens, drift.tokens
             kl, tokens = _sums(trainer, [kl, tokens])
             metrics["eval_drift"] = kl / tokens
@@ -130,7 +130,7 @@ class RecoveredGapCallback(TrainerCallback):
             return None
         return evaluate(
             trainer.model,
-            trainer.data_collator,
+            _collator(trainer),
             rows,
             self.scorer,
             max_new_tokens=self.max_new_tokens or trainer.args.max_new_tokens,
@@ -144,6 +144,11 @@ class RecoveredGapCallback(TrainerCallback):
         """Mean score by column over the rows of all ranks; `result` has those of this rank."""
         own = [sum(result.scores[name]) if result is not None else 0.0 for name in columns]
         return {name: total / len(self.rows) for name, total in zip(columns, _sums(trainer, own))}
+
+
+def _collator(trainer: Any) -> Any:
+    """What makes both contexts of a row: the trainer's collator, unless it trains on something else."""
+    return getattr(trainer, "context_collator", trainer.data_collator)
 
 
 def _share(trainer: Any, rows: list[Any]) -> list[Any]:

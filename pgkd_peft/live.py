@@ -135,7 +135,10 @@ def metric_parts(logs: Mapping[str, Any]) -> list[str]:
             if key.startswith("eval_") and is_number(value) and not any(part in key for part in hidden)
         ]
     shown = (
-        ("divergence", "divergence {:.4f}"),
+        (
+            "divergence" if "divergence" in logs else "loss",
+            "divergence {:.4f}" if "divergence" in logs else "loss {:.4f}",
+        ),
         ("student_entropy", "entropy {:.2f}"),
         ("top1_agreement", "agreement {:.0%}"),
         ("completion_length", "length {:.0f}"),

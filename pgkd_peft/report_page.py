@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from .controls import CONTROLS
 from .jsonl import is_number
 
 ASSETS = files("pgkd_peft") / "assets" / "report"
@@ -82,6 +83,7 @@ def header(data: Mapping[str, Any]) -> str:
     words = [
         str(run.get("base_model", "")).rstrip("/").rpartition("/")[2],
         {"none": "16-bit base"}.get(str(run.get("base_quantization")), str(run.get("base_quantization") or "")),
+        f"control: {run['control']}" if run.get("control") else "",
         f"teacher: {run['teacher_adapter']}" if run.get("teacher_adapter") else "",
         f"{run['dataset_rows']} rows" if run.get("dataset_rows") else "",
         f"seed {run['seed']}" if "seed" in run else "",
@@ -134,7 +136,7 @@ def results_section(results: Sequence[Mapping[str, Any]]) -> str:
         if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
             between = f" <small>{interval[0]:.2f} to {interval[1]:.2f}</small>"
         rows.append(
-            f'<tr><th scope="row">{escape(result["name"])}</th>'
+            f'<tr><th scope="row">{escape(title(result["name"]))}</th>'
             f"<td><b>{number(result.get('recovered'), '.2f')}</b>{between}</td>{cells}"
             f"<td>{number(result.get('n'), 'g')}</td><td>{number(result.get('drift'), '.4f')}</td></tr>"
         )
@@ -143,7 +145,12 @@ def results_section(results: Sequence[Mapping[str, Any]]) -> str:
         f'<th scope="col">recovered gap</th>{heads}<th scope="col">n</th><th scope="col">drift</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    return gap_bar(results[0]) + table + details_table(results[0])
+    return gap_bar(results[0]) + table + details_table(results)
+
+
+def title(name: str) -> str:
+    """What to call a result: a control by what it takes away as well."""
+    return f"{name}: {CONTROLS[name]}" if name in CONTROLS else name
 
 
 def gap_bar(result: Mapping[str, Any]) -> str:
@@ -165,11 +172,16 @@ def gap_bar(result: Mapping[str, Any]) -> str:
     )
 
 
-def details_table(result: Mapping[str, Any]) -> str:
-    """Length and leakage of each column's answers, where the evaluation has them."""
-    columns = result.get("columns")
+def details_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Length and leakage of each column's answers, and of each control's student, where the evaluation has them."""
+    columns = results[0].get("columns")
     if not isinstance(columns, Mapping):
         return ""
+    rows = [(dict(SCORES).get(name, name), column) for name, column in columns.items()]
+    for result in results[1:]:
+        of = result.get("columns")
+        if result["name"] in CONTROLS and isinstance(of, Mapping):
+            rows.append((title(result["name"]), of.get("student")))
     names = {
         "length_tokens": ("answer tokens", ".1f"),
         "truncated": ("cut off", ".0%"),
@@ -177,16 +189,16 @@ def details_table(result: Mapping[str, Any]) -> str:
         "pi_overlap": ("word 4-grams of the PI", ".0%"),
     }
     heads = "".join(f'<th scope="col">{label}</th>' for label, _ in names.values())
-    rows = "".join(
-        f'<tr><th scope="row">{escape(dict(SCORES).get(name, name))}</th>'
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(f"<td>{number(column.get(key), form)}</td>" for key, (_, form) in names.items())
         + "</tr>"
-        for name, column in columns.items()
+        for name, column in rows
         if isinstance(column, Mapping)
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Length and leakage"><table><thead><tr><th></th>'
-        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -222,6 +234,7 @@ def facts_section(run: Mapping[str, Any]) -> str:
         "base model": run.get("base_model"),
         "base weights": f"{run.get('base_quantization')}, computing in {run.get('compute_dtype')}",
         "base digest": run.get("base_digest"),
+        "control": title(str(run["control"])) if run.get("control") else None,
         "teacher": run.get("teacher_adapter"),
         "adapter": f"{parameters:,} parameters, {size / 2**20:.1f} MiB"
         if is_number(parameters) and is_number(size)

@@ -16,12 +16,14 @@ from .assemble import build_student, checked_rows, find_tokenizer
 from .collator import DataCollatorForPrivilegedGKD
 from .config import PrivilegedGKDConfig
 from .console import show_log_lines
+from .errors import ConfigError
+from .gap_callback import EvaluationMixin
 from .run_info import RunInfo
 from .teacher import FrozenCheck
 from .trl_guards import keep_adapter
 
 
-class SFTControlTrainer(SFTTrainer):
+class SFTControlTrainer(EvaluationMixin, SFTTrainer):
     """SFTTrainer that starts where :class:`~pgkd_peft.PrivilegedSelfDistillTrainer` starts: the same base (guarded
     against bitsandbytes' repacking on CPU), the same first LoRA weights in float32, the same rows in the same order.
     The loss is the mean cross-entropy of the reference answer's tokens after the student's prompt, the end of turn
@@ -36,6 +38,7 @@ class SFTControlTrainer(SFTTrainer):
         model: str,
         args: PrivilegedGKDConfig,
         train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
@@ -50,8 +53,6 @@ class SFTControlTrainer(SFTTrainer):
             privileged_placement=args.privileged_placement,
             privileged_template=args.privileged_template,
         )
-        # An interrupted control starts anew: its checkpoints would not have what makes those of a run exact.
-        args.save_strategy, args.eval_strategy, args.load_best_model_at_end = "no", "no", False
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # the rows are tokens already, none of them too long
         rows, report = checked_rows(train_dataset, collator, args, "train_dataset")
         set_seed(args.seed)
@@ -63,16 +64,24 @@ class SFTControlTrainer(SFTTrainer):
                 student,
                 args=args,
                 train_dataset=tokens_of(rows, collator),
+                eval_dataset=tokens_of(eval_dataset, collator) if eval_dataset is not None else None,
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
+        self.context_collator = collator
         self.frozen = FrozenCheck(student)
         self.run_info = RunInfo(self, loaded, report)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; ``run.json`` is written, and the base proven unchanged at the end."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``run.json`` is written, and the base proven unchanged at the end.
+
+        Raises:
+            ConfigError: a checkpoint is given: TRL's do not hold what would make resuming exact.
+        """
+        if resume_from_checkpoint:
+            raise ConfigError("the control sft is not resumed, it starts anew: give --overwrite instead of --resume.")
         with self.run_info.recording():
-            result = super().train(*args, **kwargs)
+            result = super().train(None, *args, **kwargs)
             self.frozen.verify("at the end of training")
         return result
 

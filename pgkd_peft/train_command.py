@@ -68,6 +68,7 @@ def train(
     from .live import LiveView, MetricsFileCallback, install
     from .run_info import HOLDOUT_FILE
 
+    callbacks = [*(callbacks or []), *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
     trainer.run_info.control = data.control
     trainer.add_callback(MetricsFileCallback())
@@ -95,12 +96,13 @@ def make_trainer(
     config: PrivilegedGKDConfig,
     train_dataset: Dataset,
     held_out: Dataset | None,
-    callbacks: list[Any] | None,
+    callbacks: list[Any],
 ) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
     """The trainer of the run, or of its control."""
     common: dict[str, Any] = {
         "args": config,
         "train_dataset": train_dataset,
+        "eval_dataset": held_out if config.eval_strategy != "no" else None,
         "callbacks": callbacks,
         "peft_config": lora_config(model),
         "quantization_config": quantization_config(model, config),
@@ -114,9 +116,35 @@ def make_trainer(
     return PrivilegedSelfDistillTrainer(
         model=model.model_name_or_path,
         teacher_model=config.teacher_model_name_or_path,
-        eval_dataset=held_out if config.eval_strategy != "no" else None,
         **common,
     )
+
+
+def evaluation_callbacks(data: DataArguments, config: PrivilegedGKDConfig, held_out: Dataset | None) -> list[Any]:
+    """What scores answers at evaluations, and what stops the run by it, where the arguments ask for that.
+
+    Raises:
+        DataError: held-out rows that cannot be scored, all in one report.
+    """
+    if config.eval_strategy == "no" or held_out is None:
+        return []
+    callbacks: list[Any] = []
+    if data.scorer is not None:
+        from .gap_callback import RecoveredGapCallback
+
+        neutral = None
+        if data.neutral_dataset_name is not None:
+            neutral = load_named(
+                data.neutral_dataset_name, split=split_of(data.neutral_dataset_name, data.neutral_dataset_split)
+            )
+        callbacks.append(
+            RecoveredGapCallback(list(held_out), data.scorer, answer_key=data.answer_key, neutral_rows=neutral)
+        )
+    if data.early_stopping_patience is not None:
+        from transformers import EarlyStoppingCallback
+
+        callbacks.append(EarlyStoppingCallback(data.early_stopping_patience))
+    return callbacks
 
 
 def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dataset, Dataset | None]:
@@ -143,10 +171,14 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
 
         train_dataset = control_rows(data.control, train_dataset, config)
     if data.eval_dataset_name is not None:
-        return train_dataset, load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
-    if config.eval_strategy == "no":
+        held_out = load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
+    elif config.eval_strategy != "no":
+        held_out = load(data.dataset_name, data.dataset_test_split)
+    else:
         return train_dataset, None
-    return train_dataset, load(data.dataset_name, data.dataset_test_split)
+    if data.eval_limit is not None:
+        held_out = held_out.select(range(min(data.eval_limit, len(held_out))))
+    return train_dataset, held_out
 
 
 def write_holdout(path: Path, held_out: Dataset | None) -> None:
@@ -166,6 +198,12 @@ def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/usr/bin/env -S pgkd train --config\n# What the run in this folder was told.\n" + text, "utf-8")
+
+
+def recipe_folder(adapter: Path) -> Path | None:
+    """The folder with the recipe of the run that an adapter folder (or checkpoint) belongs to; None without one."""
+    places = [adapter, adapter.parent] if adapter.name.startswith("checkpoint") else [adapter]
+    return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
 
 
 def mark_card(path: Path, control: str) -> None:

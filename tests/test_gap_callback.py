@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import perturb
 from datasets import Dataset
 from peft import LoraConfig
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 from tiny import ROWS, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from pgkd_peft import RecoveredGapCallback
+from pgkd_peft import RecoveredGapCallback, cli
+from pgkd_peft.arguments import parse_train
 from pgkd_peft.errors import ConfigError, DataError
-from pgkd_peft.evaluate import evaluate, measure_drift, recovered_gap
+from pgkd_peft.evaluate import evaluate, measure_drift
+from pgkd_peft.train_command import evaluation_callbacks
 
 HELD_OUT = ROWS[:3]
 NEUTRAL = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello there", "One and two?", "Why")]
@@ -265,3 +268,99 @@ def test_the_perturbed_student_differs(make_trainer):
 
 def test_rows_may_be_a_dataset():
     assert len(RecoveredGapCallback(Dataset.from_list(HELD_OUT[:1]), letters).rows) == 1
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path, llama_path):
+    """Write a recipe with three held-out rows; keyword arguments change it. Returns its path."""
+    for name, rows in (("train", ROWS), ("test", HELD_OUT)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (tmp_path / "neutral.jsonl").write_text("".join(json.dumps(row) + "\n" for row in NEUTRAL), "utf-8")
+
+    def write(**changes):
+        settings = {
+            "model_name_or_path": llama_path,
+            "dataset_name": str(tmp_path / "train.jsonl"),
+            "eval_dataset_name": str(tmp_path / "test.jsonl"),
+            "output_dir": str(tmp_path / "run"),
+            "learning_rate": 0.05,
+            "max_steps": 3,
+            "max_new_tokens": 8,
+            "per_device_train_batch_size": 2,
+            "base_quantization": "none",
+            "bf16": False,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "scorer": "test_gap_callback:letters",
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**settings, **changes}), "utf-8")
+        return str(path)
+
+    return write
+
+
+def test_a_recipe_that_evaluates(recipe, tmp_path, caplog):
+    path = recipe(
+        neutral_dataset_name=str(tmp_path / "neutral.jsonl"), eval_limit=2, save_strategy="best", save_total_limit=1
+    )
+    run = tmp_path / "run"
+    assert cli.main(["train", "--config", path, "--metric_for_best_model", "eval_student"]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    measured = [line for line in lines if "eval_student" in line]
+    assert [line["step"] for line in measured] == [1, 2, 3]
+    assert all({"eval_base", "eval_teacher", "eval_drift", "eval_loss"} <= set(line) for line in measured)
+    assert "2 held-out rows: base " in caplog.text
+    best = max(measured, key=lambda line: line["eval_student"])
+    assert [p.name for p in run.glob("checkpoint-*")] == [f"checkpoint-{best['step']}"]
+
+    # what the run was told is what `pgkd eval` takes, unless it is told otherwise
+    assert cli.main(["eval", str(run / f"checkpoint-{best['step']}"), "--limit", "2", "--max_new_tokens", "8"]) == 0
+    results = json.loads((run / f"checkpoint-{best['step']}" / "eval_results.json").read_text("utf-8"))
+    assert results["scorer"] == "test_gap_callback:letters"
+    for name in ("base", "teacher", "student", "drift"):
+        assert results[name] == pytest.approx(best[f"eval_{name}"], rel=1e-6), name
+    assert cli.main(["eval", str(run), "--scorer", "contains", "--limit", "1", "--max_new_tokens", "2"]) == 0
+    assert json.loads((run / "eval_results.json").read_text("utf-8"))["scorer"] == "contains"
+
+
+def test_with_a_scorer_the_best_adapter_is_the_one_with_the_largest_gap(recipe):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    config = parse_train(["--config", recipe(**best)])[2]
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_recovered", True)
+    config = parse_train(["--config", recipe(**best, metric_for_best_model="loss")])[2]
+    assert (config.metric_for_best_model, config.greater_is_better) == ("loss", False)
+    config = parse_train(["--config", recipe(**best, scorer=None)])[2]
+    assert (config.metric_for_best_model, config.greater_is_better) == ("loss", False)
+    data, _, config = parse_train(["--config", recipe(early_stopping_patience=2)])
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_recovered", True)
+    assert [type(c).__name__ for c in evaluation_callbacks(data, config, dataset())] == [
+        "RecoveredGapCallback",
+        "EarlyStoppingCallback",
+    ]
+    data, _, config = parse_train(["--config", recipe(eval_strategy="no")])
+    assert evaluation_callbacks(data, config, dataset()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"early_stopping_patience": 2, "eval_strategy": False}, "--eval_strategy steps"),
+        ({"early_stopping_patience": 2, "scorer": None}, "watches metric_for_best_model"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
+        ({"eval_limit": 0}, "eval_limit is 0"),
+        ({"scorer": "contians"}, "the scorer is 'contians'"),
+        ({"scorer": None, "neutral_dataset_name": "builtin:neutral_heldout"}, "--scorer contains"),
+        ({"scorer": None, "metric_for_best_model": "eval_recovered"}, "give a scorer"),
+        ({"scorer": "numeric"}, "3 of 3 rows"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(recipe, capsys, changes, words):
+    assert cli.main(["train", "--config", recipe(**changes)]) == 2
+    assert words in capsys.readouterr().err
