@@ -1,5 +1,4 @@
-"""Watching a run: a live view in a terminal, plain lines elsewhere, the notebook's own widget in a notebook; and the
-run's metrics as a file."""
+"""Watching a run: a live view in a terminal, one in a notebook, plain lines elsewhere; and its metrics as a file."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import atexit
 import logging
 import sys
 import time
-from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +21,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers import trainer as transformers_trainer
 
 from .jsonl import append_lines, drop_after, is_number
+from .notebook_view import NotebookView
 from .token_text import visible
+from .watch import PHASES, SMALL, Pace, Watch, clock
 
 if TYPE_CHECKING:
     from .trainer import PrivilegedSelfDistillTrainer
@@ -33,16 +33,7 @@ STEP_FILES = (METRICS_FILE, "completions.jsonl", "traces.jsonl")
 """Files of a run folder whose lines carry a step."""
 
 SPARKS = "▁▂▃▄▅▆▇█"
-SMALL = (  # (metric, its name, format): the curves beside the divergence
-    ("student_entropy", "entropy, student", ".2f"),
-    ("teacher_entropy", "entropy, teacher", ".2f"),
-    ("top1_agreement", "agreement", ".0%"),
-    ("completion_length", "length (tokens)", ".0f"),
-    ("truncated_completions", "cut off", ".0%"),
-    ("grad_norm", "gradient norm", ".2g"),
-    ("tokens_per_second", "tokens/s", ".0f"),
-)
-PHASES = (("rollout", "cyan"), ("teacher", "yellow"), ("student", "green"))
+STYLES = dict(zip(PHASES, ("cyan", "yellow", "green")))
 
 
 class MetricsFileCallback(TrainerCallback):
@@ -62,40 +53,24 @@ class MetricsFileCallback(TrainerCallback):
             append_lines(Path(args.output_dir) / METRICS_FILE, [record])
 
 
-def install(trainer: PrivilegedSelfDistillTrainer, console: Console | None = None) -> TrainerCallback | None:
-    """Replace the Trainer's progress bar by what suits where it runs: :class:`LiveView` in a terminal, in a notebook
-    the Trainer's own widget (None is returned), :class:`PlainLines` elsewhere and with ``disable_tqdm``."""
-    if transformers_trainer.DEFAULT_PROGRESS_CALLBACK is not ProgressCallback:
-        return None
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+def install(trainer: PrivilegedSelfDistillTrainer, console: Console | None = None) -> TrainerCallback:
+    """Replace the Trainer's progress bar by what suits where it runs: :class:`LiveView` in a terminal,
+    :class:`~pgkd_peft.notebook_view.NotebookView` in Jupyter and Colab, :class:`PlainLines` elsewhere and with
+    ``disable_tqdm``."""
+    bar = transformers_trainer.DEFAULT_PROGRESS_CALLBACK
+    for kind in (bar, ProgressCallback, PrinterCallback):
+        trainer.remove_callback(kind)
     console = console or Console(highlight=False)
-    live = console.is_terminal and not console.is_dumb_terminal and not trainer.args.disable_tqdm
-    callback = LiveView(trainer, console) if live else PlainLines()
+    callback: TrainerCallback
+    if trainer.args.disable_tqdm or not hasattr(trainer, "last_rows"):  # the control sft has no rollouts to show
+        callback = PlainLines()
+    elif bar is not ProgressCallback:  # Transformers has found itself in a notebook
+        callback = NotebookView(trainer)
+    else:
+        live = console.is_terminal and not console.is_dumb_terminal
+        callback = LiveView(trainer, console) if live else PlainLines()
     trainer.add_callback(callback)
     return callback
-
-
-class Pace:
-    """Seconds a step, over the last twenty, and what is left."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.ends: deque[float] = deque([self.started], maxlen=21)
-
-    def step(self) -> None:
-        self.ends.append(time.perf_counter())
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def seconds_a_step(self) -> float | None:
-        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else None
-
-    def left(self, steps: int) -> float | None:
-        return None if self.seconds_a_step is None else self.seconds_a_step * steps
 
 
 class PlainLines(TrainerCallback):
@@ -150,69 +125,17 @@ def metric_parts(logs: Mapping[str, Any]) -> list[str]:
     return [form.format(logs[name]) for name, form in shown if is_number(logs.get(name))]
 
 
-class LiveView(TrainerCallback):
+class LiveView(Watch):
     """Progress, curves of the last steps and the newest rollout, redrawn in place twice a second.
 
     Call :meth:`stop` when training ends by an exception: the cursor must come back.
     """
 
     def __init__(self, trainer: PrivilegedSelfDistillTrainer, console: Console | None = None):
-        self.trainer = trainer
+        super().__init__(trainer)
         self.console = console or Console(highlight=False)
-        self.history: dict[str, list[float]] = defaultdict(list)
-        self.evaluations: dict[str, float] = {}
-        self.rollout: tuple[str, str] | None = None
-        self.status = "starting"
-        self.step = self.max_steps = 0
-        self.epoch = 0.0
-        self.pace = Pace()
         self._live: Live | None = None
         self._handlers: list[tuple[logging.StreamHandler, Any]] = []
-
-    # ---- what happens ----------------------------------------------------------------------------------------------
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pace = Pace()
-        self._see(state)
-        if state.is_world_process_zero:
-            self.start()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.status = "training"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pace.step()
-        self._see(state)
-        rows = self.trainer.last_rows
-        if rows:
-            row = next((row for row in rows if row.has_privileged), rows[0])
-            tokenizer = self.trainer.processing_class
-            self.rollout = (
-                tokenizer.decode(row.prompt, skip_special_tokens=True).strip(),
-                tokenizer.decode(row.completion, skip_special_tokens=True).strip(),
-            )
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.status = "evaluating"
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.status = "saved"
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        self._see(state)
-        for name, value in (logs or {}).items():
-            if is_number(value):
-                if name.startswith("eval_"):
-                    self.evaluations[name] = float(value)
-                self.history[name].append(float(value))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.status = "done"
-        self._see(state)
-        self.stop()
-
-    def _see(self, state: Any) -> None:
-        self.step, self.max_steps, self.epoch = state.global_step, state.max_steps, state.epoch or 0.0
 
     # ---- the terminal ----------------------------------------------------------------------------------------------
 
@@ -289,11 +212,9 @@ class LiveView(TrainerCallback):
 
     def _sparklines(self, width: int) -> RenderableType:
         table = Table.grid(padding=(0, 2, 0, 0))
-        recovered = next((name for name in self.evaluations if name.endswith("recovered")), None)
-        shown = [*SMALL, *([(recovered, "recovered gap", ".2f")] if recovered else [])]
-        labels = [label for name, label, _ in shown if self.history.get(name)]
+        labels = [label for name, label, _ in SMALL if self.history.get(name)]
         columns = max(6, width - max(map(len, labels), default=0) - 11)
-        for name, label, form in shown:
+        for name, label, form in SMALL:
             values = list(self.history.get(name, ()))
             if values:
                 line = Text(sparkline(values, columns), style="cyan", no_wrap=True)
@@ -301,16 +222,16 @@ class LiveView(TrainerCallback):
         return table
 
     def _phases(self, width: int) -> RenderableType:
-        seconds = {name: self.history.get(f"seconds_{name}", [0.0])[-1] for name, _ in PHASES}
+        seconds = {name: self.history.get(f"seconds_{name}", [0.0])[-1] for name in PHASES}
         total = sum(seconds.values())
         if not total:
             return Text()
         text = Text()
-        for name, style in PHASES:
+        for name, style in STYLES.items():
             text.append("━" * max(1, round(width * seconds[name] / total)), style=style)
         text.truncate(width)
         legend = Text("\n")
-        for name, style in PHASES:
+        for name, style in STYLES.items():
             legend.append("● ", style=style).append(f"{name} {seconds[name]:.2f} s   ")
         return text.append_text(legend)
 
@@ -321,15 +242,6 @@ class LiveView(TrainerCallback):
         prompt = "…" + prompt[-(width - 10) :] if len(prompt) > width - 10 else prompt
         answer = answer[: room - 1] + "…" if len(answer) > room else answer
         return [Text.assemble(("rollout ", "bold"), (prompt, "dim")), Text(answer or "(empty)", style="italic")]
-
-
-def clock(seconds: float | None) -> str:
-    """1:05 or 2:03:09; ? for None."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def resample(values: Sequence[float], points: int) -> list[float]:

@@ -96,6 +96,11 @@ def header(data: Mapping[str, Any]) -> str:
             level = result.get("recovered_interval_level")
             note = f"{number(level, '.0%')} interval {interval[0]:.2f} to {interval[1]:.2f}, {note}"
         tiles.append(("recovered gap", number(result["recovered"], ".2f"), note))
+    elif gaps := [(m["eval_recovered"], m["step"]) for m in metrics if "eval_recovered" in m]:
+        best = max(gaps, key=lambda gap: gap[0])
+        tiles.append(
+            ("recovered gap", f"{gaps[-1][0]:.2f}", f"while training; highest {best[0]:.2f} at step {best[1]:g}")
+        )
     curve = [(m["step"], m["divergence"]) for m in metrics if "divergence" in m]
     if curve:
         tiles.append(("divergence", f"{curve[-1][1]:.3f}", f"nats/token, {curve[0][1]:.3f} at step {curve[0][0]:g}"))

@@ -65,8 +65,9 @@ def train(
     checkpoint = checkpoint or config.resume_from_checkpoint
     train_dataset, held_out = load_datasets(data, config)
 
-    from .live import LiveView, MetricsFileCallback, install
+    from .live import MetricsFileCallback, install
     from .run_info import HOLDOUT_FILE
+    from .watch import Watch
 
     callbacks = [*(callbacks or []), *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
@@ -79,7 +80,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
-        if isinstance(view, LiveView):
+        if isinstance(view, Watch):
             view.stop()  # gives the terminal its cursor back, also after an error
     trainer.run_info.finished = True
     trainer.save_model()

@@ -12,8 +12,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 from tiny import ROWS
-from transformers import PrinterCallback, ProgressCallback
-from transformers import trainer as transformers_trainer
+from transformers import PrinterCallback
 
 from pgkd_peft.jsonl import append_lines, drop_after, read_lines
 from pgkd_peft.live import (
@@ -104,16 +103,6 @@ def test_live_view_in_a_terminal_plain_lines_elsewhere(make_trainer):
     trainer = make_trainer(config={"disable_tqdm": True})
     assert isinstance(install(trainer, terminal()), PlainLines)
     assert PrinterCallback.__name__ not in names(trainer)
-
-
-def test_a_notebook_keeps_its_widget(make_trainer, monkeypatch):
-    class NotebookProgress(ProgressCallback):
-        pass
-
-    monkeypatch.setattr(transformers_trainer, "DEFAULT_PROGRESS_CALLBACK", NotebookProgress)
-    trainer = make_trainer(config={"disable_tqdm": False})
-    assert install(trainer, terminal()) is None
-    assert "NotebookProgress" in names(trainer)
 
 
 def test_plain_lines_of_a_run(make_trainer, capsys):

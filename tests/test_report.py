@@ -82,7 +82,10 @@ def fill(folder, text="fact"):
     append_lines(
         folder / "metrics.jsonl",
         [{"step": i, "divergence": 1 / i, "seconds_rollout": 1.5, "note": text} for i in (1, 2, 3)]
-        + [{"step": 2, "eval_divergence": 0.7, "eval_recovered": 0.4}, {"step": 3, "train_runtime": 5.0}],
+        + [
+            {"step": 2, "eval_divergence": 0.7, "eval_recovered": 0.4, "eval_base": 0.1, "eval_drift": 0.02},
+            {"step": 3, "train_runtime": 5.0},
+        ],
     )
     append_lines(folder / "traces.jsonl", [trace(1, text), trace(3, text), trace(3, text, has_privileged=False)])
     summary = {
@@ -173,6 +176,32 @@ def test_results_from_both_files_once_with_controls(tmp_path):
     assert read_results(tmp_path)[0]["student_with_pi"] == 1.0
     (tmp_path / "eval_results.json").write_text(json.dumps({**numbers, "controls": {"no PI": {"student": 0.0}}}))
     assert [result["name"] for result in read_results(tmp_path)] == ["this run", "no PI", "eval_shuffled"]
+
+
+def test_the_gap_while_training_where_nothing_was_evaluated_afterwards(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 0, "control": "shuffled"}))
+    gaps = (0.1, 0.75, 0.5)
+    append_lines(tmp_path / "metrics.jsonl", [{"step": i, "eval_recovered": gap} for i, gap in enumerate(gaps)])
+    text = Page(render(collect(tmp_path))).text
+    assert "recovered gap0.50while training; highest 0.75 at step 1" in text
+    assert "control: shuffled" in text
+    assert "shuffled: PI of other rows" in text
+
+
+def test_controls_stand_in_both_tables(tmp_path):
+    column = {"length_tokens": 12.5, "truncated": 0.0, "hint_share": 0.25, "pi_overlap": 0.5}
+    numbers = {"base": 0.0, "teacher": 1.0, "recovered_interval": [0.1, 0.9], "n": 40}
+    control = {**numbers, "student": 0.125, "recovered": 0.125, "drift": 0.0625, "columns": {"student": column}}
+    run = {**numbers, "student": 0.5, "recovered": 0.5, "columns": {"student": {**column, "length_tokens": 20}}}
+    (tmp_path / "eval_results.json").write_text(json.dumps({**run, "controls": {"no_pi": control}}))
+    page = render(collect(tmp_path))
+    assert page.count('<th scope="row">no_pi: no PI</th>') == 2
+    scores, lengths = re.findall(r'<th scope="row">no_pi: no PI</th>(.*?)</tr>', page)
+    assert (
+        re.findall(r">([^<>]+)<", scores) == ["0.12", "0.10 to 0.90", "0.000", "1.000", "0.125", "40", "0.0625"]
+        or scores
+    )
+    assert re.findall(r"<td>([^<]+)</td>", lengths) == ["12.5", "0%", "25%", "50%"]
 
 
 def test_damaged_and_foreign_content_does_not_break_the_page(tmp_path):
@@ -273,7 +302,7 @@ def test_in_a_browser(tmp_path, width, text):
     dom = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
     out = json.loads(unquote(re.search(r'data-out="([^"]*)"', dom)[1]))
     assert out["overflow"] <= 0
-    assert out["charts"] == 3  # divergence, recovered gap, seconds
+    assert out["charts"] == 5  # divergence, recovered gap, score, drift, seconds
     first = text.replace("\x00", "\ufffd")
     assert out["tokens"][1:] == ["◌", "↵\n", " end"]
     assert out["tokens"][0].replace("\x00", "\ufffd") == first

@@ -14,6 +14,8 @@
   const CHARTS = [
     { title: "divergence", unit: "nats/token", series: [["divergence", "training", "student"], ["eval_divergence", "held-out", "third"]], zero: true },
     { title: "recovered gap", unit: "on held-out rows", series: [["eval_recovered", "recovered", "student"]] },
+    { title: "score", unit: "of answers to held-out rows", series: [["eval_base", "base", "base"], ["eval_teacher", "teacher", "teacher"], ["eval_student", "student", "student"]], zero: true },
+    { title: "drift", unit: "nats/token from the base, on neutral prompts", series: [["eval_drift", "drift", "student"]], zero: true },
     { title: "entropy", unit: "nats", series: [["student_entropy", "student", "student"], ["teacher_entropy", "teacher", "teacher"]], zero: true },
     { title: "top-1 agreement", unit: "share of tokens", series: [["top1_agreement", "training", "student"], ["eval_top1_agreement", "held-out", "third"]] },
     { title: "completion", unit: "tokens", series: [["completion_length", "length", "student"]], zero: true },
