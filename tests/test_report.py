@@ -150,7 +150,7 @@ def test_the_page_says_what_the_folder_holds(tmp_path):
     assert part == "left:10.00%;width:60.00%"
     data = json.loads(page.scripts[0])
     assert [m["step"] for m in data["metrics"]] == [1, 2, 3]
-    evaluated = {"eval_divergence": 0.7, "eval_recovered": 0.4}
+    evaluated = {"eval_divergence": 0.7, "eval_recovered": 0.4, "eval_base": 0.1, "eval_drift": 0.02}
     assert data["metrics"][1] == {"step": 2, "divergence": 0.5, "seconds_rollout": 1.5, **evaluated}
     assert [t["step"] for t in data["traces"]] == [1, 3, 3]
     assert data["traces"][0]["teacher_prompt"] == ["<user>fact<end>", "<user>PI<end>", "<a>"]
@@ -197,10 +197,7 @@ def test_controls_stand_in_both_tables(tmp_path):
     page = render(collect(tmp_path))
     assert page.count('<th scope="row">no_pi: no PI</th>') == 2
     scores, lengths = re.findall(r'<th scope="row">no_pi: no PI</th>(.*?)</tr>', page)
-    assert (
-        re.findall(r">([^<>]+)<", scores) == ["0.12", "0.10 to 0.90", "0.000", "1.000", "0.125", "40", "0.0625"]
-        or scores
-    )
+    assert Page(scores).text == "0.12 0.10 to 0.900.0001.0000.125400.0625"
     assert re.findall(r"<td>([^<]+)</td>", lengths) == ["12.5", "0%", "25%", "50%"]
 
 
