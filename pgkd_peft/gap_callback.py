@@ -80,6 +80,8 @@ class RecoveredGapCallback(TrainerCallback):
         for rows in (self.rows, self.neutral_rows):
             if rows:
                 validate_rows(rows, collator)
+        if trainer.is_world_process_zero():
+            logger.info("base and teacher answer %d held-out rows …", len(self.rows))
         columns = ("base", "teacher")
         self.known = self._answer(trainer, columns)
         if self.neutral_rows:
@@ -102,7 +104,8 @@ class RecoveredGapCallback(TrainerCallback):
                     f"metric_for_best_model is eval_recovered, but there is {found}. Try another scorer, look at what "
                     "the teacher sees and says (pgkd inspect --preflight), or choose by eval_student."
                 )
-            logger.warning("There is %s; eval_recovered is left out.", found)
+            if trainer.is_world_process_zero():
+                logger.warning("There is %s; eval_recovered is left out.", found)
 
     def measure(self, trainer: PrivilegedSelfDistillTrainer) -> dict[str, float]:
         """The metrics of an evaluation, over the rows of all ranks."""

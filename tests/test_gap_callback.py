@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 import yaml
 from conftest import perturb
@@ -20,6 +22,7 @@ from pgkd_peft import RecoveredGapCallback, cli
 from pgkd_peft.arguments import parse_train
 from pgkd_peft.errors import ConfigError, DataError
 from pgkd_peft.evaluate import evaluate, measure_drift
+from pgkd_peft.gap_callback import METRICS
 from pgkd_peft.train_command import evaluation_callbacks
 
 HELD_OUT = ROWS[:3]
@@ -169,6 +172,42 @@ def test_rows_that_cannot_be_scored_are_refused_by_the_callback():
         RecoveredGapCallback(HELD_OUT, "contians")
     with pytest.raises(ConfigError, match="no rows"):
         RecoveredGapCallback([])
+
+
+def evaluate_in_a_process(result: str, base: str, out: str, rows: int, env: dict) -> None:
+    os.environ.update(env)
+    settings = {"use_cpu": True, "per_device_eval_batch_size": 1, "rollout_log_steps": 0}
+    settings |= {"ddp_backend": "gloo"} if env else {}
+    callback = RecoveredGapCallback(HELD_OUT[:rows], letters, neutral_rows=NEUTRAL[:rows])
+    trainer = runs.make_trainer(base, out, settings=settings, eval_dataset=dataset(), callbacks=[callback])
+    perturb(trainer.model, 0.3)
+    metrics = trainer.evaluate()
+    Path(result).write_text(json.dumps(metrics), encoding="utf-8")
+
+
+@pytest.mark.parametrize("rows", [3, 1])
+def test_ranks_share_the_rows(llama_path, tmp_path, rows):
+    """Three rows on two ranks; and one, with which a rank has none."""
+    port = str(runs.free_port())
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environments = [{}, *({**two, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1))]
+    results = [str(tmp_path / f"{i}.json") for i in range(3)]
+    processes = [
+        runs.context().Process(
+            target=evaluate_in_a_process, args=(result, llama_path, str(tmp_path / f"out{bool(env)}"), rows, env)
+        )
+        for result, env in zip(results, environments)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    one, first, second = (json.loads(Path(result).read_text("utf-8")) for result in results)
+    assert one["eval_student"] not in (one["eval_base"], one["eval_teacher"])
+    measured = [name for name in METRICS if name in one]
+    assert len(measured) >= 4
+    for name in measured:
+        assert first[name] == second[name] == pytest.approx(one[name], rel=1e-6), name
 
 
 # ---- training does not notice --------------------------------------------------------------------------------------

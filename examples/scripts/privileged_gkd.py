@@ -16,12 +16,14 @@ import sys
 
 from pgkd_peft import PrivilegedSelfDistillTrainer
 from pgkd_peft.arguments import lora_config, parse_train
-from pgkd_peft.errors import PGKDError
-from pgkd_peft.train_command import load_datasets
+from pgkd_peft.errors import ConfigError, PGKDError
+from pgkd_peft.train_command import evaluation_callbacks, load_datasets
 
 
 def main() -> None:
     data, model, config = parse_train(sys.argv[1:], prog="privileged_gkd.py", description=__doc__)
+    if data.control is not None:
+        raise ConfigError(f"--control {data.control} is for `pgkd train`, which keeps a control apart from the run")
     train_dataset, held_out = load_datasets(data, config)
     trainer = PrivilegedSelfDistillTrainer(
         model=model.model_name_or_path,
@@ -29,6 +31,7 @@ def main() -> None:
         args=config,
         train_dataset=train_dataset,
         eval_dataset=held_out if config.eval_strategy != "no" else None,
+        callbacks=evaluation_callbacks(data, config, held_out),
         peft_config=lora_config(model),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
