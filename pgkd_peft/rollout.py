@@ -130,7 +130,7 @@ def _decode(
     device = next(model.parameters()).device
     longest = max(len(p) for p in prompts)
     if device.type == "cpu":
-        longest += 1  # without any padding there is no mask, and torch's CPU attention is then four times slower a token
+        longest += 1  # without padding there is no mask, and torch's CPU attention is then four times slower a token
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (R/copies, L)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
