@@ -178,6 +178,19 @@ def test_sft_rows_end_with_the_turn(llama_path):
     assert set(rows[1]["labels"]) == {-100}
 
 
+def test_sft_on_a_quantized_base(llama_path, make_config):
+    """What TRL would do to it: round the LoRA to bfloat16. What bitsandbytes would do: repack the weights in place."""
+    trainer = sft(llama_path, make_config(base_quantization="nf4", max_steps=2, eval_strategy="no"))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    layers = [m for m in trainer.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "quant_state")]
+    assert len(layers) >= 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    before = trainer.frozen.digest
+    trainer.train()
+    trainer.frozen.restart()
+    assert trainer.frozen.digest == before
+
+
 def test_sft_is_not_resumed(llama_path, make_config):
     with pytest.raises(ConfigError, match="--overwrite"):
         sft(llama_path, make_config()).train(resume_from_checkpoint="somewhere")
