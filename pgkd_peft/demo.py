@@ -112,4 +112,8 @@ def run(
     console.print(f"all answers             {folder / 'eval_answers.jsonl'}")
     console.print(f"these numbers           {folder / 'summary.json'}")
     console.print(f"all of it on a page     {write_report(output_dir)}")
+    console.print(
+        f"was it the PI?          pgkd eval {folder} --controls shuffled,no_pi,sft --group_key fact_id "
+        f"--max_new_tokens {config.max_new_tokens}"
+    )
     return summary
