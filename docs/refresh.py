@@ -173,7 +173,8 @@ def _inline(text: str) -> str:
 def clean(text: str, folder: str) -> str:
     """The text without escape codes, progress bars and the folders of the machine that it was made on."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    text = "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
+    lines = text.replace("\r\n", "\n").split("\n")
+    text = "\n".join(line.rpartition("\r")[2] for line in lines if not re.search(r"\d+%\|.*\|", line))
     for there in {folder, os.path.realpath(folder)}:
         text = text.replace(there + "/", "").replace(there, ".")
     return text.replace(str(Path.home()), "~")
