@@ -171,10 +171,15 @@ def _inline(text: str) -> str:
 
 
 def clean(text: str, folder: str) -> str:
-    """The text without escape codes, progress bars and the folders of the machine that it was made on."""
+    """What a terminal shows in the end: no escape codes, no progress bars, no folders of this machine."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     lines = text.replace("\r\n", "\n").split("\n")
-    text = "\n".join(line.rpartition("\r")[2] for line in lines if not re.search(r"\d+%\|.*\|", line))
+    lines = [line.rpartition("\r")[2] for line in lines if not re.search(r"\d+%\|.*\|", line)]
+    return without_folders("\n".join(lines), folder)
+
+
+def without_folders(text: str, folder: str) -> str:
+    """The text with paths relative to `folder`, and ~ for the home directory."""
     for there in {folder, os.path.realpath(folder)}:
         text = text.replace(there + "/", "").replace(there, ".")
     return text.replace(str(Path.home()), "~")
@@ -228,7 +233,7 @@ def notebook() -> None:
             if cell.cell_type == "code":
                 cell.outputs = list(_joined(cell.outputs))
         text = nbformat.writes(stored)
-        NOTEBOOK.write_text(clean(text, folder) + "\n", encoding="utf-8")
+        NOTEBOOK.write_text(without_folders(text, folder) + "\n", encoding="utf-8")
 
 
 def _joined(outputs: list) -> Iterator:
