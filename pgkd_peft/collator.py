@@ -6,12 +6,15 @@ Shape legend: B rows, P longest student prompt, Q longest teacher prompt, C long
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .context import ContextBuilder, Contexts, squeeze
 from .errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from .config import PrivilegedGKDConfig
 
 _NO_THOUGHTS = "\n</think>\n\n"  # ends a thinking block that the generation prompt opened and the answer does not fill
 
@@ -71,6 +74,22 @@ class DataCollatorForPrivilegedGKD:
         self.special_tokens = special_tokens(tokenizer)
         self.turn_end, self.end_of_turn = turn_end_texts(self.builder)
         self.end_of_turn_ids = self._tokenize(self.end_of_turn)
+
+    @classmethod
+    def from_config(cls, tokenizer: Any, config: PrivilegedGKDConfig) -> DataCollatorForPrivilegedGKD:
+        """The collator with the settings of a :class:`~pgkd_peft.config.PrivilegedGKDConfig`.
+
+        Raises:
+            ConfigError, ModelError: a setting or the tokenizer cannot work.
+        """
+        return cls(
+            tokenizer,
+            privileged_key=config.privileged_key,
+            max_length=config.max_length,
+            max_privileged_length=config.max_privileged_length,
+            privileged_placement=config.privileged_placement,
+            privileged_template=config.privileged_template,
+        )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         encoded = []

@@ -377,14 +377,7 @@ def main(argv: Sequence[str]) -> int:
     data, model, config = parse_train(rest, prog="pgkd inspect")
     console = make_console(own.no_color)
     tokenizer = find_tokenizer(model.model_name_or_path, None, config)
-    collator = DataCollatorForPrivilegedGKD(
-        tokenizer,
-        privileged_key=config.privileged_key,
-        max_length=config.max_length,
-        max_privileged_length=config.max_privileged_length,
-        privileged_placement=config.privileged_placement,
-        privileged_template=config.privileged_template,
-    )
+    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config)
     train_rows, eval_rows = load_datasets(data, config)
     code = inspect_rows(train_rows, collator, config, console, count=own.rows)
     if eval_rows is not None:

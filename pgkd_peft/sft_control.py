@@ -45,14 +45,7 @@ class SFTControlTrainer(EvaluationMixin, SFTTrainer):
     ):
         show_log_lines(main_process=args.process_index == 0)
         tokenizer = find_tokenizer(model, None, args)
-        collator = DataCollatorForPrivilegedGKD(
-            tokenizer,
-            privileged_key=args.privileged_key,
-            max_length=args.max_length,
-            max_privileged_length=args.max_privileged_length,
-            privileged_placement=args.privileged_placement,
-            privileged_template=args.privileged_template,
-        )
+        collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args)
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # the rows are tokens already, none of them too long
         rows, report = checked_rows(train_dataset, collator, args, "train_dataset")
         set_seed(args.seed)

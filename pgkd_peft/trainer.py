@@ -142,14 +142,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
         tokenizer = find_tokenizer(model, processing_class, args)
-        collator = data_collator or DataCollatorForPrivilegedGKD(
-            tokenizer,
-            privileged_key=args.privileged_key,
-            max_length=args.max_length,
-            max_privileged_length=args.max_privileged_length,
-            privileged_placement=args.privileged_placement,
-            privileged_template=args.privileged_template,
-        )
+        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args)
         train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         if eval_dataset is not None:
             many = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
