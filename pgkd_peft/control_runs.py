@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 import yaml
+from datasets import Dataset
 
 from .adapter_run import ADAPTER_FILE, AdapterRun
 from .arguments import parse_train
 from .checkpoint import last_complete_checkpoint
+from .config import PrivilegedGKDConfig
 from .controls import control_folder, control_rows, control_settings
 from .data import fingerprint
 from .errors import ConfigError
+from .jsonl import read_json
+from .run_info import RUN_FILE
 from .train_command import NOT_IN_RECIPE, RECIPE_FILE, load_datasets, recipe_folder, train
 
 
@@ -62,30 +66,29 @@ def find_controls(run: AdapterRun, names: Sequence[str]) -> list[ControlRun]:
         )
     if run.info.get("control"):
         raise ConfigError(f"{folder} is itself the control {run.info['control']!r}; give the folder of the run.")
-    return [_find(name, folder, run.info) for name in names]
-
-
-def _find(name: str, folder: Path, info: Mapping[str, Any]) -> ControlRun:
-    argv = ("--config", str(folder / RECIPE_FILE), "--output_dir", str(folder), "--control", name)
-    data, _, config = parse_train(argv)
-    own = {**data.told, "control": None}
-    plain = type(data)(**{k: v for k, v in vars(data).items() if k not in ("told", "control")})
-    rows, _ = load_datasets(plain, config)
-    if info.get("dataset_fingerprint") not in (None, fingerprint(rows, config.privileged_key)):
+    recipe = ("--config", str(folder / RECIPE_FILE), "--output_dir", str(folder))
+    data, _, config = parse_train(recipe)
+    rows, _ = load_datasets(data, config)
+    if run.info.get("dataset_fingerprint") not in (None, fingerprint(rows, config.privileged_key)):
         raise ConfigError(
             f"the rows of {data.dataset_name} are no longer those that {folder} was trained on, so a control trained "
             "now would differ from it by more than its name says. Bring the old data back, or train the run again."
         )
-    key = config.privileged_key
+    return [_find(name, folder, data.told, rows, copy.copy(config), (*recipe, "--control", name)) for name in names]
+
+
+def _find(
+    name: str, folder: Path, told: Mapping[str, Any], rows: Dataset, config: PrivilegedGKDConfig, argv: tuple[str, ...]
+) -> ControlRun:
     rows = control_rows(name, rows, config)
     control_settings(name, config)
     here = control_folder(folder, name)
     finished = is_finished(here)
     if finished:
         said = yaml.safe_load((here / RECIPE_FILE).read_text(encoding="utf-8"))
-        ours = {k: v for k, v in own.items() if k not in NOT_IN_RECIPE}
+        ours = {k: v for k, v in told.items() if k not in NOT_IN_RECIPE}
         differ = [k for k in {**ours, **said} if k not in ("output_dir", "control") and said.get(k) != ours.get(k)]
-        if run_info(here).get("dataset_fingerprint") != fingerprint(rows, key):
+        if read_json(here / RUN_FILE).get("dataset_fingerprint") != fingerprint(rows, config.privileged_key):
             differ.append("the rows")
         if differ:
             raise ConfigError(
@@ -97,9 +100,4 @@ def _find(name: str, folder: Path, info: Mapping[str, Any]) -> ControlRun:
 
 def is_finished(folder: Path) -> bool:
     """Whether the training in a run folder came to its end and saved all."""
-    return bool(run_info(folder).get("finished")) and (folder / ADAPTER_FILE).is_file()
-
-
-def run_info(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return bool(read_json(folder / RUN_FILE).get("finished")) and (folder / ADAPTER_FILE).is_file()

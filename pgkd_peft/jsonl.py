@@ -1,4 +1,4 @@
-"""Append-only files of a run: one JSON object a line, nothing lost to a crash."""
+"""JSON files of a run. The append-only ones have one object a line: nothing is lost to a crash."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def drop_after(path: str | os.PathLike, step: int) -> None:

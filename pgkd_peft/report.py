@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .jsonl import is_number, read_lines
+from .jsonl import is_number, read_json, read_lines
 from .report_page import SCORES, render
 
 REPORT_FILE = "report.html"
@@ -60,15 +59,6 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "traces": choose_traces(traces),
         "answers": read_answers(run_dir),
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
