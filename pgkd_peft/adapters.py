@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,6 +23,23 @@ def switchable_layers(model: nn.Module) -> list[nn.Module]:
 def is_switchable(module: nn.Module) -> bool:
     """Whether an adapter changes this layer, and can be switched off in it."""
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """No dropout and no activation checkpointing inside; the mode of every module is put back afterwards.
+
+    Args:
+        modules: all of a model's: only the given ones change, not those inside them.
+    """
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

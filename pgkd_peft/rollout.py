@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import DynamicCache
 
+from .adapters import eval_mode
 from .errors import ConfigError
 from .memory import is_out_of_memory
 from .model import base_of, dequantized_weight
@@ -80,7 +81,7 @@ def generate(
     done: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     start = 0
-    with eval_mode(model):
+    with eval_mode(model.modules()):
         while start < len(order):
             stop = start + 1
             while stop < len(order):
@@ -190,19 +191,6 @@ def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tor
     cumulative = probs.double().cumsum(-1)
     token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
     return token.clamp(max=logits.shape[-1] - 1)
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout, no activation checkpointing), the mode of every module put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class MergedCopy:

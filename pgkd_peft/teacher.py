@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from .adapters import STUDENT, adapter_tensors, add_frozen_adapter, copy_adapter, is_switchable, switchable_layers
+from .adapters import (
+    STUDENT,
+    adapter_tensors,
+    add_frozen_adapter,
+    copy_adapter,
+    eval_mode,
+    is_switchable,
+    switchable_layers,
+)
 from .ema import EMA, ProductAverage
 from .errors import ConfigError, FrozenBaseError, ModelError
 from .model import base_of
@@ -40,30 +48,26 @@ def adapter_state(model: nn.Module, which: str) -> Iterator[nn.Module]:
     modules = list(model.modules())  # walking a model is slow: 8 ms for SmolLM2-135M
     layers = [module for module in modules if is_switchable(module)]
     switches = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
-    training = [(module, module.training) for module in modules]
     requires_grad = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
-    try:
-        for layer in layers:
-            if which == "disabled":
-                layer.enable_adapters(False)
-            else:
-                if which != "shared":
-                    layer.set_adapter([which])
-                layer.enable_adapters(True)
-        for module in modules:
-            module.training = False
-        yield model
-    finally:
-        for layer, disabled, active in switches:
-            if list(layer.active_adapters) != active:
-                layer.set_adapter(active)
-            if layer.disable_adapters != disabled:
-                layer.enable_adapters(not disabled)
-        for module, was_training in training:
-            module.training = was_training
-        for param, needed in requires_grad:
-            if param.requires_grad != needed:
-                param.requires_grad_(needed)
+    with eval_mode(modules):
+        try:
+            for layer in layers:
+                if which == "disabled":
+                    layer.enable_adapters(False)
+                else:
+                    if which != "shared":
+                        layer.set_adapter([which])
+                    layer.enable_adapters(True)
+            yield model
+        finally:
+            for layer, disabled, active in switches:
+                if list(layer.active_adapters) != active:
+                    layer.set_adapter(active)
+                if layer.disable_adapters != disabled:
+                    layer.enable_adapters(not disabled)
+            for param, needed in requires_grad:
+                if param.requires_grad != needed:
+                    param.requires_grad_(needed)
 
 
 class Teacher:
