@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def run(
     from rich.console import Console
 
     from .arguments import parse_train
-    from .eval_command import answers_table, recovered_line, update_card, write_results
+    from .eval_command import add_drift, answers_table, recovered_line, update_card, write_results
     from .evaluate import evaluate, measure_drift
     from .report import write_report
     from .scorers import make_scorer
@@ -94,7 +93,7 @@ def run(
         "steps": trainer.state.global_step,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    result.extra.update(drift=drift.kl, drift_details=asdict(drift))
+    add_drift(result, drift)
     settings = {"scorer": "contains", "max_new_tokens": config.max_new_tokens, "seed": seed}
     write_results(result, folder / "eval_results.json", settings)
     update_card(folder / "README.md", result, settings)

@@ -109,11 +109,9 @@ def metric_parts(logs: Mapping[str, Any]) -> list[str]:
             for key, value in logs.items()
             if key.startswith("eval_") and is_number(value) and not any(part in key for part in hidden)
         ]
+    trained = "divergence" if "divergence" in logs else "loss"  # the SFT control logs a loss alone
     shown = (
-        (
-            "divergence" if "divergence" in logs else "loss",
-            "divergence {:.4f}" if "divergence" in logs else "loss {:.4f}",
-        ),
+        (trained, trained + " {:.4f}"),
         ("student_entropy", "entropy {:.2f}"),
         ("top1_agreement", "agreement {:.0%}"),
         ("completion_length", "length {:.0f}"),

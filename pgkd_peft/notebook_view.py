@@ -105,8 +105,9 @@ class NotebookView(Watch):
 
 def chart(label: str, values: Sequence[float], form: str) -> str:
     """A small curve with its name, its last value, and the lowest and highest under it."""
-    kept = [values[round(i * (len(values) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
-    points = kept if len(values) > MOST_POINTS else list(values)
+    points = list(values)
+    if len(points) > MOST_POINTS:
+        points = [values[round(i * (len(values) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
     low, high = min(values), max(values)
     span, steps = (high - low) or 1.0, max(1, len(points) - 1)
     places = [f"{100 * i / steps:.1f},{28 - 26 * (value - low) / span:.1f}" for i, value in enumerate(points)]
