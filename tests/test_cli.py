@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import ROWS, save_tiny
+from tiny import ROWS, TINY_RUN, save_tiny
 
 import pgkd_peft
 from pgkd_peft import cli
@@ -37,17 +37,10 @@ def recipe(tmp_path, llama_path):
             "model_name_or_path": llama_path,
             "dataset_name": write_rows(tmp_path / "rows.jsonl"),
             "output_dir": str(tmp_path / "run"),
+            **TINY_RUN,
             "learning_rate": "1e-3",
-            "max_steps": 2,
-            "max_new_tokens": 4,
-            "per_device_train_batch_size": 2,
             "lmbda": 1.0,
-            "bf16": False,
-            "base_quantization": "none",
             "save_strategy": False,  # what YAML makes of a bare `no`
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
         }
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump({**settings, **changes}), "utf-8")
@@ -259,17 +252,11 @@ def trained(tmp_path_factory):
             "answer": "{{ gold }}",
         },
         "output_dir": str(folder / "run"),
+        **TINY_RUN,
         "learning_rate": "5e-2",
-        "max_steps": 2,
-        "max_new_tokens": 4,
-        "per_device_train_batch_size": 2,
         "privileged_placement": "user",
-        "base_quantization": "none",
-        "bf16": False,
+        "save_strategy": "steps",
         "save_steps": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), "utf-8")

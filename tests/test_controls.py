@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import ROWS, byte_tokenizer, save_tiny
+from tiny import ROWS, TINY_RUN, byte_tokenizer, save_tiny
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig, cli
 from pgkd_peft.controls import CONTROLS, check_controls, control_rows, control_settings, deranged
@@ -234,17 +234,8 @@ def run_with_controls(tmp_path_factory):
         "model_name_or_path": save_tiny(folder / "model", seed=9),
         "dataset_name": str(folder / "data"),
         "output_dir": str(folder / "run"),
-        "learning_rate": 0.05,
-        "max_steps": 2,
-        "max_new_tokens": 4,
-        "per_device_train_batch_size": 2,
+        **TINY_RUN,
         "privileged_placement": "user",
-        "base_quantization": "none",
-        "bf16": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
         "scorer": "test_controls:checksum",
         "neutral_dataset_name": str(folder / "neutral.jsonl"),
     }

@@ -15,7 +15,7 @@ from conftest import perturb
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import ROWS, tiny_model
+from tiny import ROWS, TINY_RUN, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from pgkd_peft import RecoveredGapCallback, cli
@@ -325,17 +325,11 @@ def recipe(tmp_path, llama_path):
             "dataset_name": str(tmp_path / "train.jsonl"),
             "eval_dataset_name": str(tmp_path / "test.jsonl"),
             "output_dir": str(tmp_path / "run"),
-            "learning_rate": 0.05,
+            **TINY_RUN,
             "max_steps": 3,
             "max_new_tokens": 8,
-            "per_device_train_batch_size": 2,
-            "base_quantization": "none",
-            "bf16": False,
             "eval_strategy": "steps",
             "eval_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             "scorer": "test_gap_callback:letters",
         }
         path = tmp_path / "recipe.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -117,6 +118,20 @@ def save_tiny(
     byte_tokenizer(template, pad_is_eos=pad_is_eos).save_pretrained(path)
     return str(path)
 
+
+# What a recipe for a tiny model says beside its model, data and folder.
+TINY_RUN: dict[str, Any] = {
+    "learning_rate": 0.05,
+    "max_steps": 2,
+    "max_new_tokens": 4,
+    "per_device_train_batch_size": 2,
+    "base_quantization": "none",
+    "bf16": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 ROWS = [
     {
