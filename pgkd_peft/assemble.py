@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .adapters import STUDENT
+from .attention import use_short_backward
 from .collator import DataCollatorForPrivilegedGKD
 from .config import PrivilegedGKDConfig
 from .data import DataReport, validate_rows
@@ -214,7 +215,7 @@ def load_quantized(
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else getattr(torch, dtype)
     quantization_config = kwargs.pop("quantization_config", quantization_config)
-    return load_base(
+    model = load_base(
         name,
         quantization=args.base_quantization,
         dtype=dtype or training_dtype(args),
@@ -223,6 +224,9 @@ def load_quantized(
         quantization_config=quantization_config,
         **kwargs,
     )
+    if not teacher and "attn_implementation" not in kwargs:
+        use_short_backward(model)
+    return model
 
 
 def build_separate_teacher(

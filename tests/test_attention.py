@@ -1,0 +1,139 @@
+"""The attention of a base that trains on a CPU: SDPA's numbers, by float32 products where sequences are short."""
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_model
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pgkd_peft import PrivilegedGKDConfig, attention
+from pgkd_peft.assemble import load_quantized
+from pgkd_peft.attention import CPU_ATTENTION, use_short_backward
+
+
+class Layer(nn.Module):
+    num_key_value_groups = 3
+    is_causal = True
+
+
+def inputs(dtype, queries=7, keys=7, seed=0):
+    """Query (2, 6, T, 8), key and value (2, 2, S, 8), and a gradient of the output (2, T, 6, 8)."""
+    dice = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (2 * torch.randn(shape, generator=dice)).to(dtype)
+
+    return draw(2, 6, queries, 8), draw(2, 2, keys, 8), draw(2, 2, keys, 8), draw(2, queries, 6, 8)
+
+
+def padded(queries, keys):
+    """Causal, the first row's two leftmost keys are padding (2, 1, T, S)."""
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None].repeat(2, 1, 1, 1)
+    mask[0, :, :, :2] = False
+    mask[0, :, :2, 0] = queries == keys  # a padding position looks at something
+    return mask
+
+
+def masks(queries, keys):
+    boolean = padded(queries, keys)
+    return {
+        "none": None if queries == keys else boolean,
+        "boolean": boolean,
+        "to add": torch.zeros(boolean.shape).masked_fill(~boolean, -1e9),
+        "of each head": torch.zeros(boolean.shape).masked_fill(~boolean, -1e9).repeat(1, 6, 1, 1),
+    }
+
+
+def run(function, tensors, mask, dtype, **kwargs):
+    """Output and gradients of query, key, value, in float64."""
+    query, key, value, out_grad = (tensor.to(dtype) for tensor in tensors)
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    out, _ = function(Layer(), *leaves, mask, **kwargs)
+    return [tensor.double() for tensor in (out, *torch.autograd.grad(out, leaves, out_grad))]
+
+
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("queries", [7, 3])
+@pytest.mark.parametrize("kind", ["none", "boolean", "to add", "of each head"])
+def test_outputs_and_gradients_are_those_of_sdpa(kind, queries, scaling, monkeypatch):
+    mask = masks(queries, 7)[kind]
+    tensors = inputs(torch.float32, queries)
+    expected = run(sdpa_attention_forward, tensors, mask, torch.float64, scaling=scaling)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)  # the products are what is tested
+    for ours, theirs in zip(run(attention.attention, tensors, mask, torch.float32, scaling=scaling), expected):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_in_bf16_are_no_further_from_the_truth_than_sdpas():
+    tensors = inputs(torch.bfloat16, 64, 64)
+    mask = padded(64, 64)
+    truth = run(sdpa_attention_forward, tensors, mask, torch.float64)
+    ours = run(attention.attention, tensors, mask, torch.bfloat16)
+    theirs = run(sdpa_attention_forward, tensors, mask, torch.bfloat16)
+    for mine, its, right in zip(ours, theirs, truth):
+        assert (mine - right).norm() <= 1.05 * (its - right).norm()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": lambda q: q.detach()},
+        {"MOST_SCORES": 2 * 6 * 7 * 7 - 1},
+        {"dropout": 0.5},
+        {"softcap": 30.0},
+        {"position_bias": torch.zeros(2, 6, 7, 7)},
+        {"is_causal": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_all_else_is_left_to_sdpa(change, monkeypatch):
+    query, key, value, _ = inputs(torch.float32)
+    query.requires_grad_()
+    query = change.get("query", lambda q: q)(query)
+    if "MOST_SCORES" in change:
+        monkeypatch.setattr(attention, "MOST_SCORES", change["MOST_SCORES"])
+    seen = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **kwargs: seen.append((args, kwargs)) or 1)
+    kwargs = {name: v for name, v in change.items() if name not in ("query", "MOST_SCORES")}
+    assert attention.attention(Layer(), query, key, value, None, **kwargs) == 1
+    for name, v in kwargs.items():
+        assert seen[0][1][name] is v
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])  # (Gemma 2 has softcapping, hence eager attention)
+def test_whole_models_answer_and_learn_as_before(kind):
+    model = tiny_model(kind)
+    ids = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, 4:]
+        logits.logsumexp(-1).sum().backward()
+        found.append([logits.detach(), *(param.grad.clone() for param in model.parameters())])
+        use_short_backward(model)
+    assert model.config._attn_implementation == CPU_ATTENTION
+    assert not torch.equal(found[0][1], found[1][1])  # another order of the same sums
+    for before, after in zip(*found):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+
+
+def test_a_base_that_trains_on_a_cpu_has_it_unless_another_was_asked_for(tmp_path):
+    path = save_tiny(tmp_path / "model")
+
+    def loaded(teacher=False, **kwargs):
+        config = PrivilegedGKDConfig(
+            output_dir=str(tmp_path / "run"), base_quantization="none", use_cpu=True, model_init_kwargs=kwargs or None
+        )
+        return load_quantized(path, config, None, teacher=teacher)
+
+    model = loaded()
+    assert model.config._attn_implementation == CPU_ATTENTION
+    model.save_pretrained(tmp_path / "saved")
+    assert CPU_ATTENTION not in (tmp_path / "saved" / "config.json").read_text("utf-8")
+    assert loaded(attn_implementation="sdpa").config._attn_implementation == "sdpa"
+    assert loaded(attn_implementation="eager").config._attn_implementation == "eager"
+    assert loaded(teacher=True).config._attn_implementation == "sdpa"
