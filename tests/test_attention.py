@@ -66,12 +66,14 @@ def test_outputs_and_gradients_are_those_of_sdpa(kind, queries, scaling, monkeyp
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
-def test_gradients_in_bf16_are_no_further_from_the_truth_than_sdpas():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_in_bf16_are_no_further_from_the_truth_than_sdpas(autocast):
     tensors = inputs(torch.bfloat16, 64, 64)
     mask = padded(64, 64)
     truth = run(sdpa_attention_forward, tensors, mask, torch.float64)
-    ours = run(attention.attention, tensors, mask, torch.bfloat16)
-    theirs = run(sdpa_attention_forward, tensors, mask, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = run(attention.attention, tensors, mask, torch.bfloat16)
+        theirs = run(sdpa_attention_forward, tensors, mask, torch.bfloat16)
     for mine, its, right in zip(ours, theirs, truth):
         assert (mine - right).norm() <= 1.05 * (its - right).norm()
 
