@@ -81,7 +81,7 @@ def test_gradients_in_bf16_are_no_further_from_the_truth_than_sdpas(autocast):
 @pytest.mark.parametrize(
     "change",
     [
-        {"query": lambda q: q.detach()},
+        {"query": lambda q: q[:, :, :1]},
         {"MOST_SCORES": 2 * 6 * 7 * 7 - 1},
         {"dropout": 0.5},
         {"softcap": 30.0},

@@ -241,7 +241,8 @@ def test_training_starts_from_an_adapter_folder(tmp_path):
     move(first, 3)
     first.save_pretrained(tmp_path / "adapter")
     trainer = run(tmp_path, str(tmp_path / "adapter"), teacher_adapter="initial", base_quantization="none")
-    torch.testing.assert_close(teacher_logits(trainer.teacher), logits(first.eval()), rtol=0, atol=0)
+    # not bit for bit: a base that the trainer loads computes short attention by other products
+    torch.testing.assert_close(teacher_logits(trainer.teacher), logits(first.eval()), rtol=1e-5, atol=1e-5)
 
 
 # ---- ema -----------------------------------------------------------------------------------------------------------
