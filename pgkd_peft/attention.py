@@ -47,29 +47,27 @@ def attention(
     """
     rows, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    causal = attention_mask is None and queries > 1
     if (
         queries == 1
         or rows * heads * queries * keys > MOST_SCORES
         or dropout
         or any(kwargs.get(name) is not None for name in OTHER_KINDS)
-        or (causal and not (is_causal if is_causal is not None else getattr(module, "is_causal", True)))
+        or (attention_mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal))
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    if causal:
+    if attention_mask is None:
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
     scale = scaling if scaling is not None else width**-0.5
     with torch.autocast(query.device.type, enabled=False):  # it would round the products to bf16
         grouped = (query.float() * scale).reshape(rows, groups, -1, width)  # (B, K, H/K*T, D)
         scores = (grouped @ key.float().transpose(-1, -2)).view(rows, heads, queries, keys)
-        if attention_mask is not None and attention_mask.dtype == torch.bool:
+        if attention_mask.dtype == torch.bool:
             attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill_(
                 ~attention_mask, torch.finfo(scores.dtype).min
             )
-        if attention_mask is not None:
-            scores += attention_mask
+        scores += attention_mask
         weights = scores.softmax(-1).view(rows, groups, -1, keys)
         out = (weights @ value.float()).view(rows, heads, queries, -1)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
