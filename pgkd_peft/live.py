@@ -220,7 +220,7 @@ class LiveView(Watch):
         return table
 
     def _phases(self, width: int) -> RenderableType:
-        seconds = {name: self.history.get(f"seconds_{name}", [0.0])[-1] for name in PHASES}
+        seconds = self.phase_seconds
         total = sum(seconds.values())
         if not total:
             return Text()

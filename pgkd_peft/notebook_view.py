@@ -78,7 +78,7 @@ class NotebookView(Watch):
         return f'<div style="font:13px/1.45 system-ui,sans-serif;max-width:900px">{"".join(parts)}</div>'
 
     def _phases(self) -> str:
-        seconds = {name: self.history.get(f"seconds_{name}", [0.0])[-1] for name in PHASES}
+        seconds = self.phase_seconds
         total = sum(seconds.values())
         if not total:
             return ""

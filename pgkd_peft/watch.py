@@ -69,6 +69,11 @@ class Watch(TrainerCallback):
         self.epoch = 0.0
         self.pace = Pace()
 
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds of each phase a step, as last logged; 0 before that."""
+        return {name: self.history.get(f"seconds_{name}", [0.0])[-1] for name in PHASES}
+
     def start(self) -> None:
         """The run begins."""
 
