@@ -19,16 +19,16 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .collator import DataCollatorForPrivilegedGKD
     from .config import PrivilegedGKDConfig
-    from .gap_callback import RecoveredGapCallback
+    from .data.collator import DataCollatorForPrivilegedGKD
+    from .evaluation.gap_callback import RecoveredGapCallback
     from .trainer import PrivilegedSelfDistillTrainer
 
 _HOME = {
     "PrivilegedGKDConfig": "config",
     "PrivilegedSelfDistillTrainer": "trainer",
-    "RecoveredGapCallback": "gap_callback",
-    "DataCollatorForPrivilegedGKD": "collator",
+    "RecoveredGapCallback": "evaluation.gap_callback",
+    "DataCollatorForPrivilegedGKD": "data.collator",
 }
 
 __all__ = [

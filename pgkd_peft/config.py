@@ -9,7 +9,7 @@ from typing import Any
 from trl.experimental.gkd import GKDConfig
 
 from .errors import ConfigError
-from .model import QUANTIZATIONS, compute_dtype
+from .model.load import QUANTIZATIONS, compute_dtype
 
 PLACEMENTS = ("messages", "user", "system")
 TEACHERS = ("disabled", "shared", "initial", "ema")
@@ -86,7 +86,7 @@ class PrivilegedGKDConfig(GKDConfig):
         default=None,
         metadata={
             "help": "Text template of the placements user and system, with {privileged} and, for user, {question}. "
-            "Default: the one of the placement (see pgkd_peft.context)."
+            "Default: the one of the placement (see pgkd_peft.data.contexts)."
         },
     )
     rollout_engine: str = field(

@@ -19,10 +19,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import DynamicCache
 
-from .adapters import eval_mode
 from .errors import ConfigError
-from .memory import is_out_of_memory
-from .model import base_of, dequantized_weight
+from .model.adapters import eval_mode
+from .model.load import base_of, dequantized_weight
+from .run.memory import is_out_of_memory
 from .teacher import STUDENT, adapter_state, switchable_layers
 
 logger = logging.getLogger(__name__)

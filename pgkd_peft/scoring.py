@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .model import base_of
+from .model.load import base_of
 
 # Tokens of one scoring sub-batch without gradient.
 TOKEN_BUDGET = 16_384

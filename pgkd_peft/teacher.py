@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from .adapters import (
+from .errors import ConfigError, FrozenBaseError, ModelError
+from .model.adapters import (
     STUDENT,
     adapter_tensors,
     add_frozen_adapter,
@@ -24,9 +25,8 @@ from .adapters import (
     is_switchable,
     switchable_layers,
 )
-from .ema import EMA, ProductAverage
-from .errors import ConfigError, FrozenBaseError, ModelError
-from .model import base_of
+from .model.ema import EMA, ProductAverage
+from .model.load import base_of
 
 INITIAL = "initial"
 
@@ -79,7 +79,7 @@ class Teacher:
         model: the student, a PeftModel.
         which: ``disabled``, ``shared``, ``initial`` or ``ema`` (see :class:`PrivilegedGKDConfig`).
         separate: another model that answers instead; `which` is then not looked at.
-        ema_decay: of ``ema`` (see :mod:`pgkd_peft.ema`).
+        ema_decay: of ``ema`` (see :mod:`pgkd_peft.model.ema`).
 
     Raises:
         ConfigError: `which` is not available for this model.

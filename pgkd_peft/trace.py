@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .data.tokens import decode, token_texts
 from .divergence import linear_jsd
-from .jsonl import append_lines
+from .run.jsonl import append_lines
 from .scoring import Row, score_teacher
 from .teacher import adapter_state
-from .token_text import decode, token_texts
 
 if TYPE_CHECKING:
-    from .assemble import Head
+    from .model.student import Head
     from .trainer import PrivilegedSelfDistillTrainer
 
 TRACE_FILE = "traces.jsonl"

@@ -28,8 +28,14 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
-from .adapters import STUDENT
-from .assemble import (
+from .config import PrivilegedGKDConfig
+from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from .divergence import linear_jsd
+from .errors import ConfigError, PGKDError
+from .evaluation.gap_callback import EvaluationMixin
+from .model.adapters import STUDENT
+from .model.load import base_of
+from .model.student import (
     Head,
     build_separate_teacher,
     build_student,
@@ -38,22 +44,16 @@ from .assemble import (
     find_tokenizer,
     teacher_tokenizer,
 )
-from .checkpoint import explain_full_disk, find_checkpoint, replacing
-from .collator import DataCollatorForPrivilegedGKD, stop_ids
-from .config import PrivilegedGKDConfig
-from .console import show_log_lines
-from .divergence import linear_jsd
-from .errors import ConfigError, PGKDError
-from .gap_callback import EvaluationMixin
-from .health import HealthCallback
-from .interrupt import interruptible
-from .memory import memory_for
-from .metrics import means_of
-from .model import base_of
-from .resume import CheckpointMixin
 from .rollout import RolloutEngine, generate, window_generator
 from .rollout_log import RolloutLogCallback
-from .run_info import RunInfo
+from .run.checkpoint import explain_full_disk, find_checkpoint, replacing
+from .run.console import show_log_lines
+from .run.health import HealthCallback
+from .run.info import RunInfo
+from .run.interrupt import interruptible
+from .run.memory import memory_for
+from .run.meters import means_of
+from .run.resume import CheckpointMixin
 from .scoring import Row, add_hidden_states_forward, pack, rows_of, score_teacher, without_padding
 from .teacher import (
     AverageCallback,
@@ -63,7 +63,7 @@ from .teacher import (
     check_same_vocabulary,
     starting_adapter_warning,
 )
-from .trl_guards import keep_adapter, refuse_sharding, without_input_casts, without_migration_advice
+from .trl_compat import keep_adapter, refuse_sharding, without_input_casts, without_migration_advice
 
 logger = logging.getLogger(__name__)
 

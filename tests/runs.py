@@ -68,7 +68,7 @@ def die() -> None:
 
 def arm(trainer: Any, phase: str, step: int) -> None:
     """Kill this process (or do `phase`'s harm) when optimizer step `step` (from 0) gets there."""
-    import pgkd_peft.resume as resume
+    import pgkd_peft.run.resume as resume
     import pgkd_peft.trainer as module
 
     def hook(owner: Any, name: str, after: bool = False) -> None:

@@ -7,8 +7,8 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pgkd_peft import PrivilegedGKDConfig, attention
-from pgkd_peft.assemble import load_quantized
-from pgkd_peft.attention import CPU_ATTENTION, use_short_backward
+from pgkd_peft.model.cpu import CPU_ATTENTION, use_short_backward
+from pgkd_peft.model.student import load_quantized
 
 
 class Layer(nn.Module):

@@ -14,11 +14,11 @@ import yaml
 from tiny import ROWS, TINY_RUN, save_tiny
 
 import pgkd_peft
-from pgkd_peft import cli
-from pgkd_peft.arguments import Parser, lora_config, parse_train
+from pgkd_peft.cli import main as cli
+from pgkd_peft.cli.arguments import Parser, lora_config, parse_train
+from pgkd_peft.cli.eval import EvalArguments
+from pgkd_peft.cli.recipes import purpose, recipes
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.eval_command import EvalArguments
-from pgkd_peft.recipes_command import purpose, recipes
 
 REPO = Path(pgkd_peft.__file__).parent.parent
 
@@ -99,7 +99,7 @@ def test_an_interrupt_ends_with_its_signal(monkeypatch, capsys):
         error.signum = 15
         raise error
 
-    monkeypatch.setattr("pgkd_peft.recipes_command.main", stop)
+    monkeypatch.setattr("pgkd_peft.cli.recipes.main", stop)
     assert cli.main(["recipes"]) == 143
     assert "go on with --resume" in capsys.readouterr().err
 
@@ -322,13 +322,13 @@ def test_a_second_evaluation_replaces_its_section_of_the_card(trained, tmp_path)
     assert cli.main(["eval", str(run), "--max_new_tokens", "2", "--limit", "1"]) == 0
     first = card.read_text("utf-8")
     card.write_text(first + "\n## Kept\n\nmine\n", "utf-8")
-    own = ["--scorer", "pgkd_peft.scorers:at_most_five_words", "--out", str(run / "short.json")]
+    own = ["--scorer", "pgkd_peft.evaluation.scorers:at_most_five_words", "--out", str(run / "short.json")]
     assert cli.main(["eval", str(run), "--max_new_tokens", "2", *own]) == 0
     assert cli.main(["eval", str(run), "--max_new_tokens", "3"]) == 0
     text = card.read_text("utf-8")
     assert text.startswith(first[: first.index("## Evaluation")])
     assert text.count("## Evaluation (contains)") == 1
-    assert text.count("## Evaluation (pgkd_peft.scorers:at_most_five_words)") == 1
+    assert text.count("## Evaluation (pgkd_peft.evaluation.scorers:at_most_five_words)") == 1
     assert "2 held-out rows, greedy, at most 3 tokens" in text
     assert "1 held-out rows" not in text
     assert "## Kept\n\nmine" in text
@@ -350,7 +350,7 @@ def test_a_second_evaluation_replaces_its_section_of_the_card(trained, tmp_path)
     ],
 )
 def test_eval_refuses_before_a_model_is_loaded(trained, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr("pgkd_peft.eval_command.load_student", None)
+    monkeypatch.setattr("pgkd_peft.cli.eval.load_student", None)
     assert cli.main(["eval", str(trained / "run"), *flags]) == 2
     assert words in capsys.readouterr().err
 
@@ -399,10 +399,10 @@ def test_a_mistake_ends_without_a_traceback_in_a_process_of_its_own(recipe):
 
 
 def test_merge_passes_its_flags_on(monkeypatch, capsys):
-    from pgkd_peft.merge import VerificationError
+    from pgkd_peft.export.merge import VerificationError
 
     calls = []
-    monkeypatch.setattr("pgkd_peft.merge.merge_adapter", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("pgkd_peft.export.merge.merge_adapter", lambda *args, **kwargs: calls.append((args, kwargs)))
     flags = "--base original --dtype fp32 --prompts p.txt --tolerance 1e-3 --compare --force --push-to-hub me/it"
     assert cli.main(["merge", "run", "--out", "there", *flags.split()]) == 0
     args, kwargs = calls[0]
@@ -417,7 +417,7 @@ def test_merge_passes_its_flags_on(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise VerificationError("KL 0.1 is above the tolerance")
 
-    monkeypatch.setattr("pgkd_peft.merge.merge_adapter", fail)
+    monkeypatch.setattr("pgkd_peft.export.merge.merge_adapter", fail)
     assert cli.main(["merge", "run", "--out", "there"]) == 1
     assert "KL 0.1" in capsys.readouterr().err
 
@@ -433,7 +433,7 @@ def test_merge_scores_the_models_on_rows(trained, tmp_path):
 
 def test_export_passes_its_flags_on(monkeypatch):
     calls = []
-    monkeypatch.setattr("pgkd_peft.export.export_adapter", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("pgkd_peft.export.publish.export_adapter", lambda *args, **kwargs: calls.append((args, kwargs)))
     flags = "--format gguf --gguf-type q8_0 --base-id org/base --base original"
     assert cli.main(["export", "run", "--out", "x.gguf", *flags.split()]) == 0
     assert calls[0][0] == ("run", "x.gguf")
@@ -466,7 +466,7 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", recipes().values(), ids=recipes())
 def test_every_recipe_is_a_script_with_a_header_and_valid_settings(path, monkeypatch):
-    monkeypatch.setattr("pgkd_peft.arguments.model_path", lambda name: name)
+    monkeypatch.setattr("pgkd_peft.cli.arguments.model_path", lambda name: name)
     text = path.read_text("utf-8")
     assert text.startswith("#!/usr/bin/env -S pgkd train --config\n")
     assert os.access(path, os.X_OK)
@@ -479,7 +479,7 @@ def test_every_recipe_is_a_script_with_a_header_and_valid_settings(path, monkeyp
 
 @pytest.mark.parametrize("path", recipes().values(), ids=recipes())
 def test_the_commands_in_a_recipe_s_header_are_valid(path, monkeypatch):
-    monkeypatch.setattr("pgkd_peft.arguments.model_path", lambda name: name)
+    monkeypatch.setattr("pgkd_peft.cli.arguments.model_path", lambda name: name)
     commands = [line.lstrip("# ").split("#")[0].split() for line in path.read_text().splitlines() if "  pgkd " in line]
     assert len(commands) >= 2
     monkeypatch.chdir(REPO)

@@ -14,7 +14,7 @@ from tiny import CHATML, DROPPING, ROWS, STRICT, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from pgkd_peft.collator import DataCollatorForPrivilegedGKD, RowTooLongError, stop_ids
+from pgkd_peft.data.collator import DataCollatorForPrivilegedGKD, RowTooLongError, stop_ids
 from pgkd_peft.errors import ConfigError, DataError
 
 IM_END = 4

@@ -13,7 +13,7 @@ from tiny import CHATML, DROPPING, ROWS, STRICT, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pgkd_peft.context import ContextBuilder
+from pgkd_peft.data.contexts import ContextBuilder
 from pgkd_peft.errors import ConfigError, DataError, ModelError
 
 # A system turn of its own when the conversation has none (as SmolLM2's and Qwen2.5's templates).

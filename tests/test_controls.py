@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from tiny import ROWS, TINY_RUN, byte_tokenizer, save_tiny
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig, cli
-from pgkd_peft.controls import CONTROLS, check_controls, control_rows, control_settings, deranged
+from pgkd_peft.data.files import to_dataset
 from pgkd_peft.errors import ConfigError, DataError
-from pgkd_peft.readers import to_dataset
-from pgkd_peft.report import collect, write_report
-from pgkd_peft.sft_control import SFTControlTrainer, tokens_of
+from pgkd_peft.evaluation.controls import CONTROLS, check_controls, control_rows, control_settings, deranged
+from pgkd_peft.evaluation.sft_control import SFTControlTrainer, tokens_of
+from pgkd_peft.view.report import collect, write_report
 
 
 @pytest.fixture
@@ -339,8 +339,8 @@ def refused(monkeypatch, capsys, *argv):
     def no_model(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("pgkd_peft.assemble.load_base", no_model)
-    monkeypatch.setattr("pgkd_peft.model.load_base", no_model)
+    monkeypatch.setattr("pgkd_peft.model.student.load_base", no_model)
+    monkeypatch.setattr("pgkd_peft.model.load.load_base", no_model)
     capsys.readouterr()
     assert cli.main([*argv]) == 2
     return " ".join(capsys.readouterr().err.split())

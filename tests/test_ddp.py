@@ -10,9 +10,9 @@ from runs import run, run_two
 from safetensors.torch import load_file
 from tiny import save_tiny
 
-from pgkd_peft.checkpoint import verify
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.trl_guards import refuse_sharding
+from pgkd_peft.run.checkpoint import verify
+from pgkd_peft.trl_compat import refuse_sharding
 
 TWO = {"use_cpu": True, "ddp_backend": "gloo", "per_device_train_batch_size": 1, "logging_steps": 1}
 

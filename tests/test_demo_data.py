@@ -8,9 +8,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from pgkd_peft.data.named import data_path, load_named, model_path, shipped, split_of
 from pgkd_peft.errors import DataError, ModelError
-from pgkd_peft.scorers import contains, normalize
-from pgkd_peft.sources import data_path, load_named, model_path, shipped, split_of
+from pgkd_peft.evaluation.scorers import contains, normalize
 
 FILES = ("facts_train", "facts_heldout", "neutral_train", "neutral_heldout")
 

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from tiny import ROWS
 
-from pgkd_peft import cli
-from pgkd_peft.arguments import TRAIN_ARGUMENTS, Parser
-from pgkd_peft.eval_command import EvalArguments
+from pgkd_peft.cli import main as cli
+from pgkd_peft.cli.arguments import TRAIN_ARGUMENTS, Parser
+from pgkd_peft.cli.eval import EvalArguments
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))

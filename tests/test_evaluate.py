@@ -10,9 +10,9 @@ import torch
 from conftest import perturb
 from tiny import ROWS, byte_tokenizer, tiny_model
 
-from pgkd_peft.collator import DataCollatorForPrivilegedGKD
+from pgkd_peft.data.collator import DataCollatorForPrivilegedGKD
 from pgkd_peft.errors import ConfigError, DataError
-from pgkd_peft.evaluate import (
+from pgkd_peft.evaluation.answers import (
     bootstrap_recovered,
     evaluate,
     leakage,
@@ -20,8 +20,8 @@ from pgkd_peft.evaluate import (
     perplexity,
     recovered_gap,
 )
-from pgkd_peft.model import attach_lora
-from pgkd_peft.scorers import check_scorable, make_scorer, normalize
+from pgkd_peft.evaluation.scorers import check_scorable, make_scorer, normalize
+from pgkd_peft.model.load import attach_lora
 
 
 @pytest.mark.parametrize(

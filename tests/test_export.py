@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pgkd_peft import publish
-from pgkd_peft.adapter_run import read_run
 from pgkd_peft.errors import ConfigError, ModelError
-from pgkd_peft.export import export_adapter
-from pgkd_peft.merge import merge_adapter
-from pgkd_peft.model import guard_cpu_linear4bit, load_base
-from pgkd_peft.publish import without_local_paths
+from pgkd_peft.export import card as publish
+from pgkd_peft.export.adapter import read_run
+from pgkd_peft.export.card import without_local_paths
+from pgkd_peft.export.merge import merge_adapter
+from pgkd_peft.export.publish import export_adapter
+from pgkd_peft.model.load import guard_cpu_linear4bit, load_base
 
 QUIET = {"log": lambda _: None}
 SUMMARY = {"base": 0.02, "teacher": 0.96, "student": 0.8125, "recovered": 0.8431, "n": 48, "drift": 0.0217}

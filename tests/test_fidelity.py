@@ -11,9 +11,10 @@ from adapters import dense_copy, lora, save_adapter
 from peft import PeftModel
 from tiny import byte_tokenizer, save_tiny, tiny_model
 
-from pgkd_peft.adapter_run import read_run
 from pgkd_peft.errors import DataError
-from pgkd_peft.fidelity import (
+from pgkd_peft.export.adapter import read_run
+from pgkd_peft.export.rounding import Surviving
+from pgkd_peft.export.verify import (
     Prompts,
     Sequence,
     TrainedModel,
@@ -23,8 +24,7 @@ from pgkd_peft.fidelity import (
     read_prompts,
     use_float32_arithmetic,
 )
-from pgkd_peft.model import load_base
-from pgkd_peft.surviving import Surviving
+from pgkd_peft.model.load import load_base
 
 IDS = torch.tensor([[7, 99, 30, 41, 8, 120, 255, 3]])
 

@@ -19,11 +19,11 @@ from tiny import ROWS, TINY_RUN, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from pgkd_peft import RecoveredGapCallback, cli
-from pgkd_peft.arguments import parse_train
+from pgkd_peft.cli.arguments import parse_train
+from pgkd_peft.cli.train import evaluation_callbacks
 from pgkd_peft.errors import ConfigError, DataError
-from pgkd_peft.evaluate import evaluate, measure_drift
-from pgkd_peft.gap_callback import METRICS
-from pgkd_peft.train_command import evaluation_callbacks
+from pgkd_peft.evaluation.answers import evaluate, measure_drift
+from pgkd_peft.evaluation.gap_callback import METRICS
 
 HELD_OUT = ROWS[:3]
 NEUTRAL = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello there", "One and two?", "Why")]
@@ -32,7 +32,7 @@ EVALUATE = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_si
 
 
 def dataset(rows=HELD_OUT):
-    from pgkd_peft.readers import to_dataset
+    from pgkd_peft.data.files import to_dataset
 
     return to_dataset(rows)
 
@@ -92,7 +92,7 @@ def test_evaluations_have_the_numbers_of_pgkd_eval(make_trainer, engine):
 
 
 def test_base_and_teacher_answer_once(make_trainer, monkeypatch):
-    import pgkd_peft.gap_callback as module
+    import pgkd_peft.evaluation.gap_callback as module
 
     asked = []
     real = module.evaluate

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from tiny import VOCAB, byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen3Config, Qwen3ForCausalLM
 
-from pgkd_peft.adapter_run import read_run
 from pgkd_peft.errors import ConfigError, ModelError
-from pgkd_peft.export import GGUF_TOLERANCE, export_adapter
-from pgkd_peft.gguf_export import write_gguf_lora
-from pgkd_peft.gguf_format import Architecture, pre_tokenizer_name
-from pgkd_peft.merge import VerificationError, merge_adapter
-from pgkd_peft.merged_weights import MergedWeights
+from pgkd_peft.export.adapter import read_run
+from pgkd_peft.export.gguf import write_gguf_lora
+from pgkd_peft.export.gguf_format import Architecture, pre_tokenizer_name
+from pgkd_peft.export.merge import VerificationError, merge_adapter
+from pgkd_peft.export.merged_weights import MergedWeights
+from pgkd_peft.export.publish import GGUF_TOLERANCE, export_adapter
 
 gguf = pytest.importorskip("gguf")
 QUIET = {"log": lambda _: None}
@@ -271,7 +271,7 @@ def test_llama_cpp_gives_the_same_probabilities(tmp_path, kind):
     weights = MergedWeights(read_run(adapter, **QUIET))
     weights.layers.clear()  # the base alone
     weights.overrides.clear()
-    from pgkd_peft.gguf_export import write_gguf_model
+    from pgkd_peft.export.gguf import write_gguf_model
 
     write_gguf_model(weights, bpe_tokenizer("qwen2"), base, "f32", name="base")
     merge_adapter(adapter, str(tmp_path / "hf"), dtype="fp32", verify=False, **QUIET)

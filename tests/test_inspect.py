@@ -10,9 +10,10 @@ from rich.console import Console
 from tiny import CHATML, ROWS, STRICT, byte_tokenizer, save_tiny
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig
-from pgkd_peft.data import validate_rows
+from pgkd_peft.data.load import validate_rows
+from pgkd_peft.data.tokens import pieces, token_texts
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.inspect_rows import (
+from pgkd_peft.view.inspect import (
     bar,
     choose_rows,
     histogram,
@@ -22,7 +23,6 @@ from pgkd_peft.inspect_rows import (
     options,
     view_row,
 )
-from pgkd_peft.token_text import pieces, token_texts
 
 
 @pytest.fixture

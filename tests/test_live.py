@@ -14,8 +14,8 @@ from rich.text import Text
 from tiny import ROWS
 from transformers import PrinterCallback
 
-from pgkd_peft.jsonl import append_lines, drop_after, read_lines
-from pgkd_peft.live import (
+from pgkd_peft.run.jsonl import append_lines, drop_after, read_lines
+from pgkd_peft.view.terminal import (
     METRICS_FILE,
     LiveView,
     MetricsFileCallback,

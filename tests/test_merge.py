@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pgkd_peft import merged_checkpoint
 from pgkd_peft.errors import ConfigError, ModelError
-from pgkd_peft.merge import TOLERANCE, VerificationError, merge_adapter
-from pgkd_peft.merged_checkpoint import write_checkpoint
-from pgkd_peft.model import load_base
+from pgkd_peft.export import write as merged_checkpoint
+from pgkd_peft.export.merge import TOLERANCE, VerificationError, merge_adapter
+from pgkd_peft.export.write import write_checkpoint
+from pgkd_peft.model.load import load_base
 
 QUIET = {"log": lambda _: None, "max_new_tokens": 6}
 
@@ -223,8 +223,8 @@ def test_requantizing_is_refused_with_the_numbers_and_can_be_forced(run, tmp_pat
 def test_resumes_after_an_interruption(run, tmp_path, monkeypatch):
     adapter, base = run
     monkeypatch.setattr(merged_checkpoint, "SHARD_BYTES", 40_000)
-    from pgkd_peft.adapter_run import read_run
-    from pgkd_peft.merged_weights import MergedWeights
+    from pgkd_peft.export.adapter import read_run
+    from pgkd_peft.export.merged_weights import MergedWeights
 
     weights = MergedWeights(read_run(adapter))
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

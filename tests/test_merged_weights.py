@@ -14,10 +14,10 @@ from tiny import save_tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pgkd_peft.adapter_run import read_run
 from pgkd_peft.errors import ConfigError, ModelError
-from pgkd_peft.merged_weights import MergedWeights
-from pgkd_peft.model import load_base
+from pgkd_peft.export.adapter import read_run
+from pgkd_peft.export.merged_weights import MergedWeights
+from pgkd_peft.model.load import load_base
 
 
 def oracle(

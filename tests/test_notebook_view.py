@@ -15,10 +15,10 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers import trainer as transformers_trainer
 
 from pgkd_peft import RecoveredGapCallback
-from pgkd_peft import notebook_view as module
-from pgkd_peft.live import PlainLines, install
-from pgkd_peft.notebook_view import NotebookView, chart
-from pgkd_peft.readers import to_dataset
+from pgkd_peft.data.files import to_dataset
+from pgkd_peft.view import notebook as module
+from pgkd_peft.view.notebook import NotebookView, chart
+from pgkd_peft.view.terminal import PlainLines, install
 
 HOSTILE = "</i><img src=x onerror=alert(1)><script>alert(2)</script>\x1b[31m&"
 

@@ -75,7 +75,7 @@ def test_it_runs_outside_the_repository(installed, tmp_path):
     assert (tmp_path / "facts_cpu.yaml").read_text() == (ROOT / "recipes" / "facts_cpu.yaml").read_text()
     assert "--max_steps" in run(*pgkd, "demo", "--help", **here)
     for name, rows in (("facts", "72"), ("facts_heldout", "40")):
-        count = f"from pgkd_peft.sources import load_named; print(len(load_named('builtin:{name}')))"
+        count = f"from pgkd_peft.data.named import load_named; print(len(load_named('builtin:{name}')))"
         assert run(sys.executable, "-c", count, **here).strip() == rows
 
 

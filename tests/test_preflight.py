@@ -11,7 +11,8 @@ from rich.console import Console
 from tiny import ROWS, byte_tokenizer, tiny_model
 
 from pgkd_peft import DataCollatorForPrivilegedGKD
-from pgkd_peft.preflight import (
+from pgkd_peft.data.files import to_dataset
+from pgkd_peft.evaluation.preflight import (
     Clock,
     Cost,
     Effect,
@@ -23,8 +24,7 @@ from pgkd_peft.preflight import (
     top_share,
     verdict,
 )
-from pgkd_peft.readers import to_dataset
-from pgkd_peft.scorers import make_scorer
+from pgkd_peft.evaluation.scorers import make_scorer
 
 
 def build(args, dataset):

@@ -15,13 +15,13 @@ from test_conversations import QWEN3
 from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, cli
-from pgkd_peft.columns import ColumnMap
-from pgkd_peft.data import map_columns, validate_rows
+from pgkd_peft.cli.recipes import copy, listing, purpose, recipes
+from pgkd_peft.data.columns import ColumnMap
+from pgkd_peft.data.files import to_dataset
+from pgkd_peft.data.load import map_columns, validate_rows
+from pgkd_peft.data.named import load_named
 from pgkd_peft.errors import ConfigError, DataError
-from pgkd_peft.readers import to_dataset
-from pgkd_peft.recipes_command import copy, listing, purpose, recipes
-from pgkd_peft.scorers import check_scorable, make_scorer, right_option_alone, short_plain_prose
-from pgkd_peft.sources import load_named
+from pgkd_peft.evaluation.scorers import check_scorable, make_scorer, right_option_alone, short_plain_prose
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -160,7 +160,7 @@ def test_the_shapes_behind_the_computed_memory(name, billions, without_embedding
 def test_the_parts_of_the_computed_memory_are_those_of_a_model():
     from transformers import DynamicCache
 
-    from pgkd_peft.model import attach_lora
+    from pgkd_peft.model.load import attach_lora
 
     model = tiny_model("llama", tie_word_embeddings=False)
     shape = recipe_memory.Shape(2, 64, 128, 4, 2, 16, 272, False)

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import ROWS, save_tiny
 
 import pgkd_peft.rollout as rollout
-from pgkd_peft.checkpoint import (
+from pgkd_peft.errors import ConfigError
+from pgkd_peft.rollout import generate
+from pgkd_peft.run.checkpoint import (
     CheckpointError,
     check_run_folder,
     checkpoints,
@@ -28,11 +30,9 @@ from pgkd_peft.checkpoint import (
     rotate,
     verify,
 )
-from pgkd_peft.errors import ConfigError
-from pgkd_peft.health import HealthCallback
-from pgkd_peft.memory import OutOfMemoryError, is_out_of_memory, memory_for
-from pgkd_peft.resume import trim_log
-from pgkd_peft.rollout import generate
+from pgkd_peft.run.health import HealthCallback
+from pgkd_peft.run.memory import OutOfMemoryError, is_out_of_memory, memory_for
+from pgkd_peft.run.resume import trim_log
 from pgkd_peft.scoring import Row
 from pgkd_peft.trainer import NonFiniteLossError
 

@@ -15,11 +15,20 @@ from conftest import perturb
 from tiny import ROWS
 
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.jsonl import append_lines
-from pgkd_peft.report import choose_traces, collect, difference, main, read_metrics, read_results, spread, write_report
-from pgkd_peft.report_page import csp_hash, number, render, script_json
+from pgkd_peft.run.jsonl import append_lines
 from pgkd_peft.scoring import rows_of
 from pgkd_peft.trace import append_traces, trace_rows
+from pgkd_peft.view.report import (
+    choose_traces,
+    collect,
+    difference,
+    main,
+    read_metrics,
+    read_results,
+    spread,
+    write_report,
+)
+from pgkd_peft.view.report_page import csp_hash, number, render, script_json
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\u2028&amp;\x00'\""

@@ -10,7 +10,7 @@ import pytest
 from runs import contents, run, timeless
 from tiny import save_tiny
 
-from pgkd_peft.checkpoint import verify
+from pgkd_peft.run.checkpoint import verify
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from conftest import perturb
 from tiny import byte_tokenizer, tiny_model
 
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.model import attach_lora, base_of, bnb_config, guard_cpu_linear4bit, load_base
+from pgkd_peft.model.load import attach_lora, base_of, bnb_config, guard_cpu_linear4bit, load_base
 from pgkd_peft.rollout import (
     MergedCopy,
     RolloutEngine,

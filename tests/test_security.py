@@ -14,10 +14,10 @@ from runs import make_trainer
 from tiny import byte_tokenizer, save_tiny
 
 from pgkd_peft import PrivilegedGKDConfig
-from pgkd_peft.checkpoint import CheckpointError
-from pgkd_peft.columns import ColumnMap
+from pgkd_peft.data.columns import ColumnMap
 from pgkd_peft.errors import ConfigError, PGKDError
-from pgkd_peft.model import load_base
+from pgkd_peft.model.load import load_base
+from pgkd_peft.run.checkpoint import CheckpointError
 
 SHORT = {"max_steps": 2, "lmbda": 0.0, "rollout_log_steps": 0}
 

@@ -11,10 +11,10 @@ from tiny import ROWS, VOCAB, byte_tokenizer, save_tiny, tiny_model
 from transformers import TrainerCallback
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
-from pgkd_peft.adapters import STUDENT, adapter_tensors
-from pgkd_peft.ema import EMA, RANK_FACTOR, truncate
 from pgkd_peft.errors import ConfigError, FrozenBaseError, ModelError
-from pgkd_peft.model import load_base
+from pgkd_peft.model.adapters import STUDENT, adapter_tensors
+from pgkd_peft.model.ema import EMA, RANK_FACTOR, truncate
+from pgkd_peft.model.load import load_base
 from pgkd_peft.teacher import INITIAL, FrozenCheck, Teacher, adapter_state, check_same_vocabulary
 
 IDS = torch.arange(24)[None] + 10  # (1, T)

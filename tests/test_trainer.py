@@ -216,7 +216,7 @@ def test_seed_example_runs_as_written_and_holds_one_base(llama_path, tmp_path):
     def size(model):
         return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
 
-    from pgkd_peft.model import load_base
+    from pgkd_peft.model.load import load_base
 
     base = size(load_base(llama_path))
     adapter = sum(p.numel() * p.element_size() for n, p in trainer.model.named_parameters() if "lora_" in n)
@@ -349,7 +349,7 @@ def test_prompt_only_rows(make_trainer):
 
 
 def test_rows_are_checked_before_a_model_is_loaded(make_trainer, llama_path, monkeypatch):
-    monkeypatch.setattr("pgkd_peft.assemble.load_base", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("pgkd_peft.model.student.load_base", lambda *a, **k: pytest.fail("loaded a model"))
     bad = [{"messages": []}, {"messages": [{"role": "robot", "content": "x"}]}]
     with pytest.raises(DataError) as error:
         make_trainer(model=llama_path, rows=bad)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import sys
 
 from pgkd_peft import PrivilegedSelfDistillTrainer
-from pgkd_peft.arguments import lora_config, parse_train
+from pgkd_peft.cli.arguments import lora_config, parse_train
+from pgkd_peft.cli.train import evaluation_callbacks, load_datasets
 from pgkd_peft.errors import ConfigError, PGKDError
-from pgkd_peft.train_command import evaluation_callbacks, load_datasets
 
 
 def main() -> None:

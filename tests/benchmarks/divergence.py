@@ -242,7 +242,7 @@ def about_this_machine() -> dict[str, Any]:
 
     import torch
 
-    from pgkd_peft.run_info import device_name, git_revision
+    from pgkd_peft.run.info import device_name, git_revision
 
     versions = {}
     for name in ("torch", "trl", "liger-kernel"):

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GgufConfig
 
-from pgkd_peft.adapter_run import read_run
-from pgkd_peft.collator import stop_ids
-from pgkd_peft.fidelity import TrainedModel, read_prompts
-from pgkd_peft.gguf_export import write_gguf_model
-from pgkd_peft.merged_checkpoint import DTYPES, tokenizer_folder, write_checkpoint
-from pgkd_peft.merged_weights import BASES, MergedWeights
-from pgkd_peft.model import base_of, load_base
-from pgkd_peft.publish import table
+from pgkd_peft.data.collator import stop_ids
+from pgkd_peft.export.adapter import read_run
+from pgkd_peft.export.card import table
+from pgkd_peft.export.gguf import write_gguf_model
+from pgkd_peft.export.merged_weights import BASES, MergedWeights
+from pgkd_peft.export.verify import TrainedModel, read_prompts
+from pgkd_peft.export.write import DTYPES, tokenizer_folder, write_checkpoint
+from pgkd_peft.model.load import base_of, load_base
 from pgkd_peft.rollout import generate
 
 

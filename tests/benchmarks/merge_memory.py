@@ -36,7 +36,7 @@ CHILD = """
 import json, resource, sys, time
 import torch
 torch.set_num_threads(int(sys.argv[3]))
-from pgkd_peft.merge import merge_adapter
+from pgkd_peft.export.merge import merge_adapter
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.time()
 report = merge_adapter(sys.argv[1], sys.argv[2], verify=False, log=lambda line: print(line, file=sys.stderr))

@@ -6,7 +6,7 @@
 
 Same work: the same prompts, PI where the trainer knows PI (GKDTrainer and DistillationTrainer do not, so they do less),
 exactly `--new-tokens` sampled tokens a row, LoRA r=16 on all linear layers, the same base dtype and quantization (the
-guard of pgkd_peft.model for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to the end
+guard of pgkd_peft.model.load for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to the end
 of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated). `floor` is no
 trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase. One JSON line a run is
 appended to tests/benchmarks/results/step.jsonl.
@@ -205,7 +205,7 @@ def floor(path: str, job: dict[str, Any]) -> dict[str, Any]:
 def environment_of(job: dict[str, Any]) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from pgkd_peft.run_info import device_name, git_revision
+    from pgkd_peft.run.info import device_name, git_revision
 
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     return {
@@ -217,7 +217,7 @@ def environment_of(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_path(name: str) -> str:
-    from pgkd_peft.model import cache_dir, demo_model_path
+    from pgkd_peft.model.load import cache_dir, demo_model_path
 
     demo = demo_model_path()
     if name == "smollm2-135m":
@@ -268,7 +268,7 @@ def common(job: dict[str, Any], scratch: str) -> dict[str, Any]:
 
 
 def base_model(path: str, job: dict[str, Any]) -> Any:
-    from pgkd_peft.model import load_base
+    from pgkd_peft.model.load import load_base
 
     return load_base(path, quantization=job["quantization"], device=job["device"])
 
@@ -294,7 +294,7 @@ def build_pgkd(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     from datasets import Dataset
 
     from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
-    from pgkd_peft.model import load_tokenizer
+    from pgkd_peft.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     rows = [
@@ -321,7 +321,7 @@ def build_gkd(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from pgkd_peft.model import default_lora, load_tokenizer
+    from pgkd_peft.model.load import default_lora, load_tokenizer
 
     tokenizer = load_tokenizer(path)
     rows = [
@@ -355,7 +355,7 @@ def build_sdft(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     from datasets import Dataset
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    from pgkd_peft.model import default_lora, load_tokenizer
+    from pgkd_peft.model.load import default_lora, load_tokenizer
 
     tokenizer = load_tokenizer(path)
     rows = [{"prompt": [{"role": "user", "content": q}], "privileged_context": pi} for q, pi in texts(job, tokenizer)]
@@ -386,7 +386,7 @@ def build_distillation(path: str, job: dict[str, Any], scratch: str) -> tuple[An
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    from pgkd_peft.model import default_lora, load_tokenizer
+    from pgkd_peft.model.load import default_lora, load_tokenizer
 
     tokenizer = load_tokenizer(path)
     rows = [{"prompt": [{"role": "user", "content": q}]} for q, _ in texts(job, tokenizer)]

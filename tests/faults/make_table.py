@@ -27,8 +27,8 @@ from malformed import malformed_rows  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny import ROWS, VOCAB, save_tiny  # noqa: E402
 
-from pgkd_peft.checkpoint import check_run_folder, last_complete_checkpoint  # noqa: E402
 from pgkd_peft.errors import PGKDError  # noqa: E402
+from pgkd_peft.run.checkpoint import check_run_folder, last_complete_checkpoint  # noqa: E402
 
 TABLE = HERE / "FAULTS.md"
 STEPS = {"max_steps": 7, "save_steps": 2}
@@ -149,7 +149,7 @@ def damaged(table: Table, base: str, reference: Path) -> None:
         exact = "bit for bit the uninterrupted run" if same_as(reference, out) else "NOT the uninterrupted run"
         lost = f"the steps since checkpoint-4; resumed from it, the end is {exact}"
         table.add(
-            f"{name} of the last checkpoint {harm}", warning.partition(":pgkd_peft.checkpoint:")[2] or warning, lost
+            f"{name} of the last checkpoint {harm}", warning.partition(":pgkd_peft.run.checkpoint:")[2] or warning, lost
         )
     out = Path(shutil.copytree(reference, table.work / "planted"))
     torch.save({"state": _Planted(table.work / "gone-off")}, out / "checkpoint-7" / "optimizer.pt")

@@ -1,0 +1,92 @@
+"""The command `pgkd`. Nothing heavy is imported here: a command's own module is, when it runs.
+
+Exit codes: 0 done; 1 a result that must not be used (a merge that failed its verification); 2 a mistake in what was
+asked for, told without a traceback; 128 + n stopped by signal n after saving.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: where its function is, and what it does in one line."""
+
+    where: str
+    help: str
+
+
+# The function gets the arguments after the command's name, and returns an exit code (None is 0).
+COMMANDS = {
+    "train": Command("pgkd_peft.cli.train:main", "train an adapter: pgkd train --config recipe.yaml"),
+    "inspect": Command("pgkd_peft.view.inspect:main", "see the rows as student and teacher will; no training"),
+    "eval": Command("pgkd_peft.cli.eval:main", "base, teacher and student on held-out rows; recovered gap, drift"),
+    "merge": Command("pgkd_peft.cli.export:merge", "adapter -> plain 16-bit model, measured to be what was trained"),
+    "export": Command("pgkd_peft.cli.export:export", "adapter -> cleaned for publication, or GGUF"),
+    "report": Command("pgkd_peft.view.report:main", "a run as one HTML page: curves, results, rollouts to read"),
+    "demo": Command("pgkd_peft.cli.demo:main", "teach a real 135M model made-up facts, in minutes, without a network"),
+    "recipes": Command("pgkd_peft.cli.recipes:main", "list the recipes, or copy one: pgkd recipes cp NAME"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] in ("--version", "-V"):
+        from .. import __version__
+
+        print(f"pgkd-peft {__version__}")
+        return 0
+    command = COMMANDS.get(args[0])
+    if command is None:
+        near = get_close_matches(args[0], COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _complain(f"unknown command {args[0]!r}{hint} `pgkd --help` lists them.")
+    from ..errors import PGKDError
+
+    # What these libraries will rename one day is nothing that a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
+    try:
+        module, _, name = command.where.partition(":")
+        return getattr(importlib.import_module(module), name)(args[1:]) or 0
+    except PGKDError as error:
+        return _complain(str(error))
+    except SystemExit as done:  # argparse, after --help or with its own complaint
+        return done.code if isinstance(done.code, int) else 2
+    except KeyboardInterrupt as error:
+        if str(error):
+            print(error, file=sys.stderr)
+        return 128 + getattr(error, "signum", 2)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 141
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pgkd COMMAND [options]",
+            "",
+            "Teach a language model what used to stand in its prompt: one quantized base, one LoRA adapter.",
+            "",
+            *lines,
+            "",
+            "`pgkd COMMAND --help` tells more; `pgkd --version` the version.",
+        ]
+    )
+
+
+def _complain(message: str) -> int:
+    print(f"pgkd: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,222 @@
+"""`pgkd train`: arguments -> data -> trainer -> adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import PrivilegedGKDConfig
+from ..data.named import load_named, split_of
+from ..run.checkpoint import check_run_folder
+from .arguments import (
+    DataArguments,
+    ModelArguments,
+    lora_config,
+    parse_train,
+    quantization_config,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..evaluation.sft_control import SFTControlTrainer
+    from ..trainer import PrivilegedSelfDistillTrainer
+
+RECIPE_FILE = "recipe.yaml"
+HOLDOUT_ROWS = 64
+NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
+
+DESCRIPTION = """Train a LoRA adapter on one base model, so that it answers without privileged information (PI) as the
+base answers with it. Any option can stand in a YAML recipe (--config), and overrides it as a flag."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; the adapter, its model card and the logs are in `output_dir` afterwards."""
+    data, model, config = parse_train(argv, description=DESCRIPTION)
+    trainer = train(data, model, config)
+    if trainer.is_world_process_zero():
+        folder = config.output_dir
+        print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
+        if data.control is not None:
+            run = Path(str(folder)).parent.parent
+            print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
+        else:
+            print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {folder}-merged")
+    return 0
+
+
+def train(
+    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
+) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
+    """Load the data, train, save: the run itself, or the control of it that `data` names.
+
+    Raises:
+        PGKDError: a mistake in the arguments or the data, found before the model is loaded.
+        RunInterrupted: a signal ended the run after a checkpoint was saved.
+    """
+    assert config.output_dir is not None
+    if data.control is not None:
+        from ..evaluation.controls import control_settings
+
+        control_settings(data.control, config)
+    checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
+    checkpoint = checkpoint or config.resume_from_checkpoint
+    train_dataset, held_out = load_datasets(data, config)
+
+    from ..run.info import HOLDOUT_FILE
+    from ..view.progress import Watch
+    from ..view.terminal import MetricsFileCallback, install
+
+    callbacks = [*(callbacks or []), *evaluation_callbacks(data, config, held_out)]
+    trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
+    trainer.run_info.control = data.control
+    trainer.add_callback(MetricsFileCallback())
+    view = install(trainer)
+    if trainer.is_world_process_zero():
+        write_recipe(Path(config.output_dir) / RECIPE_FILE, data.told)
+        write_holdout(Path(config.output_dir) / HOLDOUT_FILE, held_out)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        if isinstance(view, Watch):
+            view.stop()  # gives the terminal its cursor back, also after an error
+    trainer.run_info.finished = True
+    trainer.save_model()
+    if data.control is not None and trainer.is_world_process_zero():
+        mark_card(Path(config.output_dir) / "README.md", data.control)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    return trainer
+
+
+def make_trainer(
+    data: DataArguments,
+    model: ModelArguments,
+    config: PrivilegedGKDConfig,
+    train_dataset: Dataset,
+    held_out: Dataset | None,
+    callbacks: list[Any],
+) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
+    """The trainer of the run, or of its control."""
+    common: dict[str, Any] = {
+        "args": config,
+        "train_dataset": train_dataset,
+        "eval_dataset": held_out if config.eval_strategy != "no" else None,
+        "callbacks": callbacks,
+        "peft_config": lora_config(model),
+        "quantization_config": quantization_config(model, config),
+    }
+    if data.control == "sft":
+        from ..evaluation.sft_control import SFTControlTrainer
+
+        return SFTControlTrainer(str(model.model_name_or_path), **common)
+    from ..trainer import PrivilegedSelfDistillTrainer
+
+    return PrivilegedSelfDistillTrainer(
+        model=model.model_name_or_path,
+        teacher_model=config.teacher_model_name_or_path,
+        **common,
+    )
+
+
+def evaluation_callbacks(data: DataArguments, config: PrivilegedGKDConfig, held_out: Dataset | None) -> list[Any]:
+    """What scores answers at evaluations, and what stops the run by it, where the arguments ask for that.
+
+    Raises:
+        DataError: held-out rows that cannot be scored, all in one report.
+    """
+    if config.eval_strategy == "no" or held_out is None:
+        return []
+    callbacks: list[Any] = []
+    if data.scorer is not None:
+        from ..evaluation.gap_callback import RecoveredGapCallback
+
+        neutral = None
+        if data.neutral_dataset_name is not None:
+            neutral = load_named(
+                data.neutral_dataset_name, split=split_of(data.neutral_dataset_name, data.neutral_dataset_split)
+            )
+        callbacks.append(
+            RecoveredGapCallback(list(held_out), data.scorer, answer_key=data.answer_key, neutral_rows=neutral)
+        )
+    if data.early_stopping_patience is not None:
+        from transformers import EarlyStoppingCallback
+
+        callbacks.append(EarlyStoppingCallback(data.early_stopping_patience))
+    return callbacks
+
+
+def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on (of a control: as it has them), and the held-out rows, where the arguments name them or
+    ``eval_strategy`` asks for them.
+
+    Raises:
+        DataError: the data cannot be read or mapped.
+    """
+
+    def load(name: str | None, split: str) -> Dataset:
+        assert name is not None
+        return load_named(
+            name,
+            split=split,
+            config_name=data.dataset_config,
+            columns=data.columns if isinstance(data.columns, dict) else None,
+            privileged_key=config.privileged_key,
+        )
+
+    train_dataset = load(data.dataset_name, data.dataset_train_split)
+    if data.control is not None:
+        from ..evaluation.controls import control_rows
+
+        train_dataset = control_rows(data.control, train_dataset, config)
+    if data.eval_dataset_name is not None:
+        held_out = load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
+    elif config.eval_strategy != "no":
+        held_out = load(data.dataset_name, data.dataset_test_split)
+    else:
+        return train_dataset, None
+    if data.eval_limit is not None:
+        held_out = held_out.select(range(min(data.eval_limit, len(held_out))))
+    return train_dataset, held_out
+
+
+def write_holdout(path: Path, held_out: Dataset | None) -> None:
+    """The first held-out rows' conversations, on which a merge of this run is measured."""
+    if held_out is None or "messages" not in held_out.column_names:
+        return
+    rows = held_out.select(range(min(len(held_out), HOLDOUT_ROWS)))["messages"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
+    """What the run was told, as a recipe that trains the same again."""
+    import yaml
+
+    recipe = {key: value for key, value in told.items() if key not in NOT_IN_RECIPE}
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env -S pgkd train --config\n# What the run in this folder was told.\n" + text, "utf-8")
+
+
+def recipe_folder(adapter: Path) -> Path | None:
+    """The folder with the recipe of the run that an adapter folder (or checkpoint) belongs to; None without one."""
+    places = [adapter, adapter.parent] if adapter.name.startswith("checkpoint") else [adapter]
+    return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
+
+
+def mark_card(path: Path, control: str) -> None:
+    """Say at the top of a control's model card that it is one."""
+    if not path.is_file():
+        return
+    from ..evaluation.controls import CONTROLS
+
+    card = path.read_text(encoding="utf-8")
+    head, found, rest = card.partition("\n# ")
+    title, _, body = rest.partition("\n")
+    note = (
+        f"**This is the control `{control}` ({CONTROLS[control]}) of a run, trained to compare with, not to be used.**"
+    )
+    path.write_text(f"{head}{found}{title}\n\n{note}\n{body}" if found else f"{note}\n\n{card}", encoding="utf-8")

@@ -1,0 +1,285 @@
+"""Conversations → token batches in which position t of the student's completion is position t of the teacher's.
+
+Shape legend: B rows, P longest student prompt, Q longest teacher prompt, C longest completion, all in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError, DataError
+from .contexts import ContextBuilder, Contexts, squeeze
+
+if TYPE_CHECKING:
+    from ..config import PrivilegedGKDConfig
+
+_NO_THOUGHTS = "\n</think>\n\n"  # ends a thinking block that the generation prompt opened and the answer does not fill
+
+
+class RowTooLongError(DataError):
+    """A conversation is longer than `max_length`. Nothing is ever cut from it."""
+
+
+class DataCollatorForPrivilegedGKD:
+    """Turns rows into left-padded student and teacher prompts and right-padded completions.
+
+    Called with a list of B rows it returns long tensors:
+
+    * ``prompts`` (B, P), ``prompt_attention_mask`` (B, P): the student's prompt, padded on the left;
+    * ``teacher_prompts`` (B, Q), ``teacher_prompt_attention_mask`` (B, Q): the teacher's, PI included, likewise;
+    * ``completions`` (B, C), ``completion_mask`` (B, C): the reference answer, padded on the right, mask 1 up to and
+      including the end-of-turn token; all 0 for prompt-only rows (C is 0 when there is no answer in the batch);
+    * ``has_privileged``, ``privileged_tokens``, ``privileged_tokens_cut`` (B,).
+
+    Masks come from lengths, so a pad token that is also the EOS is trained where it ends an answer.
+
+    Args:
+        tokenizer: a Transformers tokenizer with a chat template.
+        privileged_key: column with PI: a message list, or a string.
+        max_length: tokens that the student's prompt and the reference answer may have together; None for no limit.
+            The teacher's prompt may be longer by the PI. 1024 is GKDConfig's own default.
+        max_privileged_length: budget in tokens for the PI text alone.
+        privileged_placement: messages, user or system; see :class:`~pgkd_peft.data.contexts.ContextBuilder`.
+        privileged_template: text template of the `user` and `system` placements.
+
+    Raises:
+        ConfigError, ModelError: a setting or the tokenizer cannot work.
+        DataError: (when called) a row cannot be used; its position in the batch is named.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        privileged_key: str = "privileged_messages",
+        max_length: int | None = 1024,
+        max_privileged_length: int = 512,
+        privileged_placement: str = "messages",
+        privileged_template: str | None = None,
+    ):
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length is {max_length}; give a number of tokens, or None for no limit")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.builder = ContextBuilder(
+            tokenizer,
+            privileged_key=privileged_key,
+            max_privileged_length=max_privileged_length,
+            privileged_placement=privileged_placement,
+            privileged_template=privileged_template,
+        )
+        self.pad_token_id = pad_token_id(tokenizer)
+        self.special_tokens = special_tokens(tokenizer)
+        self.turn_end, self.end_of_turn = turn_end_texts(self.builder)
+        self.end_of_turn_ids = self._tokenize(self.end_of_turn)
+
+    @classmethod
+    def from_config(cls, tokenizer: Any, config: PrivilegedGKDConfig) -> DataCollatorForPrivilegedGKD:
+        """The collator with the settings of a :class:`~pgkd_peft.config.PrivilegedGKDConfig`.
+
+        Raises:
+            ConfigError, ModelError: a setting or the tokenizer cannot work.
+        """
+        return cls(
+            tokenizer,
+            privileged_key=config.privileged_key,
+            max_length=config.max_length,
+            max_privileged_length=config.max_privileged_length,
+            privileged_placement=config.privileged_placement,
+            privileged_template=config.privileged_template,
+        )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        encoded = []
+        for i, row in enumerate(rows):
+            try:
+                encoded.append(self.check_length(self.encode(row)))
+            except DataError as error:
+                raise DataError(f"row {i} of this batch (counted from 0): {error}", rows=(i,)) from error
+        prompts, prompt_mask = self._pad([row["student_ids"] for row in encoded], left=True)
+        teacher_prompts, teacher_mask = self._pad([row["teacher_ids"] for row in encoded], left=True)
+        completions, completion_mask = self._pad([row["completion_ids"] for row in encoded], left=False)
+        contexts: list[Contexts] = [row["contexts"] for row in encoded]
+        return {
+            "prompts": prompts,  # (B, P)
+            "prompt_attention_mask": prompt_mask,  # (B, P)
+            "teacher_prompts": teacher_prompts,  # (B, Q)
+            "teacher_prompt_attention_mask": teacher_mask,  # (B, Q)
+            "completions": completions,  # (B, C)
+            "completion_mask": completion_mask,  # (B, C)
+            "has_privileged": torch.tensor([c.has_privileged for c in contexts], dtype=torch.long),  # (B,)
+            "privileged_tokens": torch.tensor([c.privileged_tokens for c in contexts], dtype=torch.long),  # (B,)
+            "privileged_tokens_cut": torch.tensor([c.privileged_tokens_cut for c in contexts], dtype=torch.long),
+        }
+
+    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One row as lists of ids, of any length: ``student_ids``, ``teacher_ids``, ``completion_ids`` ([] for a
+        prompt-only row), the prompts as ``student_text`` and ``teacher_text``, and the
+        :class:`~pgkd_peft.data.contexts.Contexts` they come from.
+
+        Raises:
+            DataError: the row cannot be used.
+        """
+        contexts = self.builder.build(row)
+        student_text = self.builder.render_student(contexts)
+        teacher_text = self.builder.render_teacher(contexts)
+        student_ids = self._tokenize(student_text)
+        return {
+            "student_ids": student_ids,
+            "teacher_ids": student_ids if teacher_text == student_text else self._tokenize(teacher_text),
+            "completion_ids": self._completion_ids(contexts, student_text, student_ids),
+            "student_text": student_text,
+            "teacher_text": teacher_text,
+            "contexts": contexts,
+        }
+
+    def check_length(self, encoded: dict[str, Any]) -> dict[str, Any]:
+        """Return what :meth:`encode` made if the conversation fits into `max_length`.
+
+        Raises:
+            RowTooLongError: it does not; nothing is cut.
+        """
+        if self.max_length is None:
+            return encoded
+        prompt, answer = len(encoded["student_ids"]), len(encoded["completion_ids"])
+        if prompt > self.max_length:
+            raise RowTooLongError(
+                f"the prompt has {prompt} tokens, max_length is {self.max_length}; raise max_length or shorten it"
+            )
+        if prompt + answer > self.max_length:
+            raise RowTooLongError(
+                f"prompt and answer have {prompt} + {answer} tokens, max_length is {self.max_length}; "
+                "raise max_length or shorten them"
+            )
+        return encoded
+
+    def _completion_ids(self, contexts: Contexts, prompt: str, prompt_ids: list[int]) -> list[int]:
+        """The reference answer as the model would have to write it after the generation prompt."""
+        if contexts.answer is None:
+            return []
+        text = self._completion_text(contexts, prompt)
+        # Tokenize after the prompt where the prompt's own tokens stay as they are: some tokenizers would put a space
+        # before the first word of a text that stands alone.
+        joint = self._tokenize(prompt + text)
+        if joint[: len(prompt_ids)] == prompt_ids:
+            return joint[len(prompt_ids) :]
+        return self._tokenize(text)
+
+    def _completion_text(self, contexts: Contexts, prompt: str) -> str:
+        assert contexts.answer is not None
+        full = self.builder.render(
+            [*contexts.student, contexts.answer],
+            contexts.tools,
+            contexts.chat_template_kwargs,
+            add_generation_prompt=False,
+        )
+        text = full[len(prompt) :] if full.startswith(prompt) else self._after_opening(contexts, prompt, full)
+        if contexts.answer.get("tool_calls"):
+            if not text:
+                raise DataError(
+                    "the chat template writes the answer's tool call in another way than its generation prompt opens "
+                    "it, so it cannot be learnt from; drop the answer (prompt-only row)"
+                )
+        elif squeeze(contexts.answer["content"]) not in squeeze(text):  # the template takes thoughts out of answers
+            text = _continue_opening(prompt, contexts.answer["content"])
+        return self._close_turn(text)
+
+    def _after_opening(self, contexts: Contexts, prompt: str, full: str) -> str:
+        """What follows the generation prompt in `full`, where the template writes a past answer in another way than
+        its generation prompt opens one, as templates of thinking models do; "" where that cannot be told."""
+        bare = self.builder.render(
+            contexts.student, contexts.tools, contexts.chat_template_kwargs, add_generation_prompt=False
+        )
+        if not (prompt.startswith(bare) and full.startswith(bare)):
+            return ""
+        opening, answer = prompt[len(bare) :], full[len(bare) :]
+        common = next((i for i, (a, b) in enumerate(zip(opening, answer)) if a != b), min(len(opening), len(answer)))
+        if "<" in opening[:common] and ">" not in opening[opening.rindex("<", 0, common) : common]:
+            common = opening.rindex("<", 0, common)  # do not part in the middle of a tag
+        left = opening[common:].strip()
+        if not left:
+            return answer[common:]
+        return _NO_THOUGHTS + answer[common:].lstrip("\n") if left == "<think>" else ""
+
+    def _close_turn(self, text: str) -> str:
+        """End `text` with the end-of-turn token and nothing after it."""
+        if self.turn_end and text.endswith(self.turn_end):
+            return text[: -len(self.turn_end)] + self.end_of_turn
+        stripped = text.rstrip()
+        if any(stripped.endswith(token) for token in self.special_tokens):  # e.g. an end-of-call token
+            return stripped
+        return text + self.end_of_turn
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Ids of a text that the chat template made (it holds the BOS); never truncated."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _pad(self, rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask (B, longest)."""
+        longest = max(map(len, rows), default=0)
+        ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for i, row in enumerate(rows):
+            span = slice(longest - len(row), None) if left else slice(0, len(row))
+            ids[i, span] = torch.tensor(row, dtype=torch.long)
+            mask[i, span] = 1
+        return ids, mask
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The pad token, else the EOS; the tokenizer is left as it is."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ConfigError("the tokenizer has neither a pad token nor an EOS token; set tokenizer.pad_token")
+
+
+def turn_end_texts(builder: ContextBuilder) -> tuple[str, str]:
+    """What the template writes after an assistant's last words, and the end-of-turn token in it.
+
+    E.g. ``("<|im_end|>\\n", "<|im_end|>")``. The token is the first special token of that text (Phi-3 has
+    ``<|end|>\\n<|endoftext|>``); a template that writes none leaves the tokenizer's EOS.
+    """
+    tokenizer = builder.tokenizer
+    probe = [{"role": "user", "content": "Probeuser"}, {"role": "assistant", "content": "Probeanswer"}]
+    _, found, turn_end = builder.render(probe, add_generation_prompt=False).rpartition("Probeanswer")
+    if not found:
+        turn_end = ""
+    for tokens in (special_tokens(tokenizer), tokenizer.get_added_vocab()):  # some mark theirs as not special
+        at = {turn_end.index(token): token for token in tokens if token in turn_end}
+        if at:
+            return turn_end, at[min(at)]
+    return turn_end, tokenizer.eos_token or ""
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Every special token's text: the named ones and the added ones (Gemma's end of turn is only among those)."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({token for token in [*tokenizer.all_special_tokens, *added] if token})
+
+
+def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
+    """Every id that ends a rollout: the tokenizer's EOS, the generation config's, the template's end of turn.
+
+    Args:
+        generation_config: a model's GenerationConfig (its ``eos_token_id`` is an int, a list or None), or None.
+    """
+    ids = {tokenizer.eos_token_id}
+    from_config = getattr(generation_config, "eos_token_id", None)
+    ids.update(from_config if isinstance(from_config, (list, tuple)) else [from_config])
+    if tokenizer.chat_template:
+        _, end_of_turn = turn_end_texts(ContextBuilder(tokenizer))
+        ids.update(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"])
+    return sorted(int(token_id) for token_id in ids if token_id is not None)
+
+
+def _continue_opening(prompt: str, content: str) -> str:
+    """An answer's own text as it follows a prompt that may have opened a thinking block already."""
+    opened = prompt.rstrip()
+    if not opened.endswith("<think>"):
+        return content
+    if "</think>" not in content:
+        return _NO_THOUGHTS + content
+    return content.lstrip().removeprefix("<think>").removeprefix(prompt[len(opened) :])

@@ -1,0 +1,225 @@
+"""Local data files → rows, strictly: what cannot be read is an error with its line number, never a guess.
+
+JSON rows may differ in keys and types; :func:`to_dataset` holds nested columns as JSON, so that Arrow does not fill
+each row with the other rows' keys, or refuse them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Json, Value
+
+from ..errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_BOM = b"\xef\xbb\xbf"
+_SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def to_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Dict rows of any JSON shape as a Dataset; nested or mixed columns become JSON columns."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: encode_column([row.get(name) for row in rows]) for name in names}
+    features = Features({name: feature for name, (_, feature) in columns.items()})
+    return Dataset.from_dict({name: values for name, (values, _) in columns.items()}, features=features)
+
+
+def encode_column(values: list[Any]) -> tuple[list[Any], Value | Json]:
+    """A column's values for Arrow and their feature: a plain type where all have it, else JSON."""
+    for plain, dtype in ((str, "string"), (bool, "bool"), (int, "int64"), (float, "float64")):
+        if all(value is None or type(value) is plain for value in values):
+            if plain is int and any(value is not None and abs(value) >= 2**63 for value in values):
+                break
+            return values, Value(dtype)
+    return [None if value is None else json.dumps(value, default=str) for value in values], Json()
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The data files of a split: those whose file or folder name says so, or all when no name speaks of a split."""
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not path.name.startswith("dataset_info")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise DataError(f"{folder} has no data files; accepted are {', '.join(SUFFIXES)}")
+    words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in found}
+    wanted = _SPLIT_NAMES.get(split, {split.lower()})
+    files = [path for path in found if words[path] & wanted]
+    if not files:
+        named = set().union(*_SPLIT_NAMES.values(), wanted)
+        if split != "train" or any(words[path] & named for path in found):
+            raise DataError(
+                f"{folder} has no file for the split {split!r}; it has: "
+                f"{', '.join(str(path.relative_to(folder)) for path in found)}"
+            )
+        files = found
+    if len({path.suffix.lower() for path in files}) > 1:
+        raise DataError(
+            f"{folder} mixes kinds of files for the split {split!r} ({', '.join(path.name for path in files)}), which "
+            "may be copies of each other; name the file or keep one kind"
+        )
+    return files
+
+
+class BrokenRow(str):
+    """What is wrong with a row that could not be read, in its place among the rows."""
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON or CSV file: dicts, and a :class:`BrokenRow` for each that is none."""
+    rows = _READERS[path.suffix.lower()](path)
+    if not rows:
+        raise DataError(f"{path} is empty; it must hold at least one row")
+    return rows
+
+
+def read_parquet(files: list[Path]) -> Dataset:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    tables = []
+    for path in files:
+        try:
+            tables.append(parquet.read_table(path))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
+    try:
+        return Dataset(pa.concat_tables(tables, promote_options="default"))
+    except pa.ArrowException as error:
+        names = ", ".join(path.name for path in files)
+        raise DataError(f"the columns of {names} do not fit together: {first_line(error)}") from error
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    rows: list[Any] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(_BOM).strip()
+            if not line:
+                continue
+            try:
+                row = _object(json.loads(line.decode("utf-8")), check_unicode=b"\\u" in line)
+            except (ValueError, RecursionError) as error:
+                row = BrokenRow(first_line(error))
+            rows.append(BrokenRow(f"{path.name} line {number}: {row}") if isinstance(row, BrokenRow) else row)
+    return rows
+
+
+def _read_json(path: Path) -> list[Any]:
+    data = path.read_bytes().removeprefix(_BOM).strip()
+    if not data:
+        return []
+    first = data.split(b"\n", 1)[0]
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            raise DataError(f"{path}: broken JSON: {first_line(error)}") from error
+        return _read_jsonl(path)  # one object a line, under another name
+    if isinstance(value, dict) and first == data:
+        return _read_jsonl(path)
+    if not isinstance(value, list):
+        raise DataError(f"{path} holds a {type(value).__name__}; a .json file must be a list of rows (or .jsonl lines)")
+    rows = [_object(row) for row in value]
+    return [BrokenRow(f"{path.name}: {row}") if isinstance(row, BrokenRow) else row for row in rows]
+
+
+def _object(row: Any, check_unicode: bool = True) -> Any:
+    if not isinstance(row, dict):
+        return BrokenRow(f"{type(row).__name__}, not an object")
+    if check_unicode and not _encodable(row):
+        return BrokenRow("has a lone surrogate, which is not valid Unicode")
+    return row
+
+
+def _encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_csv(path: Path) -> list[Any]:
+    """All values as text, so that 007 stays 007."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    limit = csv.field_size_limit(2**31 - 1)
+    rows: list[Any] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            lines = (cells for cells in reader if len(cells) > 1 or any(cell.strip() for cell in cells))
+            header = next(lines, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: the header names a column twice: {', '.join(header)}")
+            for cells in lines:
+                where = f"{path.name} line {reader.line_num}"
+                if len(cells) == len(header):
+                    rows.append(dict(zip(header, cells)))
+                else:
+                    rows.append(BrokenRow(f"{where}: {len(cells)} cells, the header has {len(header)}"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error}") from error
+    except csv.Error as error:  # the reader does not know where the next row starts
+        rows.append(BrokenRow(f"{path.name} line {reader.line_num}: {error} (and nothing after it was read)"))
+    finally:
+        csv.field_size_limit(limit)
+    return rows
+
+
+_READERS: dict[str, Callable[[Path], list[Any]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
+
+
+def listing(faults: Mapping[int, str], limit: int, noun: str) -> str:
+    """Faults by number, equal ones in one line; past `limit` lines only the numbers."""
+    groups: dict[str, list[int]] = {}
+    for number in sorted(faults):
+        groups.setdefault(faults[number], []).append(number)
+    lines = [
+        f"  {noun}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}: {fault}"
+        for fault, numbers in list(groups.items())[:limit]
+    ]
+    rest = sorted(number for numbers in list(groups.values())[limit:] for number in numbers)
+    if rest:
+        lines.append(f"  and {len(rest)} more {noun}{'s' if len(rest) > 1 else ''}: {ranges(rest)}")
+    return "\n".join(lines)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs joined: "3, 7-9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of another library's error, in one line."""
+    if isinstance(error, json.JSONDecodeError) and error.lineno == 1:
+        return f"{error.msg} (column {error.colno})"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

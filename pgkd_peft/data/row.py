@@ -1,0 +1,252 @@
+"""Parsing of one row's fields: messages, privileged information, tools, template variables.
+
+Everything a row can get wrong is refused here by field, index and fix, as a :class:`DataError` without the row's number
+(who iterates over rows adds it). What comes back is clean: known roles, text content, no None-filled keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+_MESSAGE_EXAMPLE = '{"role": "user", "content": "..."}'
+# Arguments of apply_chat_template that a row must not set: they are ours, or would bring in code or truncation.
+_RESERVED_KWARGS = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """A row's clean fields: the conversation up to the answer, the answer (None: prompt-only), PI, template input."""
+
+    messages: list[dict[str, Any]]
+    answer: dict[str, Any] | None
+    privileged: list[dict[str, Any]]
+    tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any]
+    teacher_chat_template_kwargs: dict[str, Any]
+
+
+def parse_row(row: Any, privileged_key: str) -> ParsedRow:
+    """Everything about a row that can be checked without a tokenizer.
+
+    Raises:
+        DataError: names the field at fault and the fix.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be a dict of columns, this one is {kind_of(row)}")
+    if row.get("messages") is None:
+        columns = ", ".join(str(column) for column in row) or "none"
+        raise DataError(f"no `messages` (columns: {columns}); give a list of messages, or map your columns to it")
+    messages = parse_messages(row["messages"], "messages")
+    answer = messages.pop() if messages[-1]["role"] == "assistant" else None
+    if answer is not None and not answer["content"].strip() and "tool_calls" not in answer:
+        answer = None
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError("`messages` has no user turn before the answer; there is nothing to answer")
+    kwargs = parse_template_kwargs(row, "chat_template_kwargs")
+    return ParsedRow(
+        messages=messages,
+        answer=answer,
+        privileged=parse_privileged(row.get(privileged_key), privileged_key),
+        tools=parse_tools(row.get("tools")),
+        chat_template_kwargs=kwargs,
+        teacher_chat_template_kwargs={**kwargs, **parse_template_kwargs(row, "teacher_chat_template_kwargs")},
+    )
+
+
+def parse_messages(value: Any, field: str) -> list[dict[str, Any]]:
+    """A conversation as a list of clean message dicts: known role, text content, no None-filled keys.
+
+    Raises:
+        DataError: names the field and index at fault.
+    """
+    if isinstance(value, Mapping):
+        raise DataError(f"`{field}` is one message; put it into a list")
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"`{field}` is {kind_of(value)}; give a list of messages like {_MESSAGE_EXAMPLE}")
+    if not value:
+        raise DataError(f"`{field}` is empty; give at least a user turn")
+    return [_parse_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+
+
+def parse_privileged(value: Any, field: str) -> list[dict[str, Any]]:
+    """The PI as messages; [] when it is missing, None, empty or blank. A string is one user message.
+
+    Raises:
+        DataError: names the field and index at fault.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        check_unicode(value, f"`{field}`")
+        return [{"role": "user", "content": value}] if value.strip() else []
+    if isinstance(value, (list, tuple)) and not value:
+        return []
+    if isinstance(value, Mapping) or not isinstance(value, (list, tuple)):
+        raise DataError(f"`{field}` is {kind_of(value)}; give a string or a list of messages like {_MESSAGE_EXAMPLE}")
+    messages = []
+    for i, item in enumerate(value):
+        message = _parse_message(item, f"{field}[{i}]", blank_allowed=True)
+        extra = sorted(set(message) & {"tool_calls", "reasoning_content", "thinking", "reasoning"})
+        if extra:
+            raise DataError(
+                f"{field}[{i}] has `{extra[0]}`, which the PI budget cannot cut; write it into `content` as text"
+            )
+        if message["content"].strip():
+            messages.append(message)
+    return messages
+
+
+def parse_template_kwargs(row: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """A row's variables for the chat template (a dict, or its JSON text), without None-filled keys."""
+    value = _from_json(row.get(field), field)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise DataError(f"`{field}` is {kind_of(value)}; give a dict like {{'enable_thinking': false}}")
+    reserved = sorted(_RESERVED_KWARGS & set(value))
+    if reserved:
+        raise DataError(f"`{field}` sets {reserved[0]!r}, which is not the row's to set; take it out")
+    return _json_like(value, field)
+
+
+def parse_tools(value: Any) -> list[Any] | None:
+    """A row's tool schemas (a list of dicts, or the JSON text of the list or of each), None when there are none."""
+    value = _from_json(value, "tools")
+    if value is None or value == []:
+        return None
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"`tools` is {kind_of(value)}; give a list of tool schemas (dicts)")
+    tools = [_json_like(_from_json(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(value)]
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"tools[{i}] is {kind_of(tool)}; give a tool schema (a dict with a function's name)")
+    return tools
+
+
+def _parse_message(message: Any, where: str, blank_allowed: bool = False) -> dict[str, Any]:
+    if isinstance(message, (list, tuple)):
+        raise DataError(f"{where} is a list inside the list; flatten it to one list of messages")
+    if not isinstance(message, Mapping):
+        raise DataError(f"{where} is {kind_of(message)}; give a message like {_MESSAGE_EXAMPLE}")
+    if "role" not in message and "from" in message:
+        raise DataError(
+            f"{where} has `from`/`value` (ShareGPT); rename them to `role`/`content`, human to user, gpt to assistant"
+        )
+    role = message.get("role")
+    if role is None:
+        raise DataError(f"{where} has no `role`; accepted are {', '.join(ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
+        near = difflib.get_close_matches(role.strip().lower(), ROLES, 1) if isinstance(role, str) else []
+        nearest = f" (did you mean {near[0]!r}?)" if near else ""
+        raise DataError(f"{where} has role {reprlib.repr(role)}{nearest}; accepted are {', '.join(ROLES)}")
+    clean = _strip_none(dict(message), where)
+    if "tool_calls" in clean:
+        clean["tool_calls"] = _parse_tool_calls(clean["tool_calls"], f"{where}.tool_calls")
+        if not clean["tool_calls"]:
+            del clean["tool_calls"]
+    content = clean.get("content")
+    if content is None:
+        if not (blank_allowed or role == "assistant" or "tool_calls" in clean):
+            raise DataError(f"{where} (role {role}) has no `content`; give its text")
+        content = ""
+    clean["content"] = _text(content, f"{where}.content")
+    if role == "user" and not blank_allowed and not clean["content"].strip():
+        raise DataError(f"{where} is a user turn without text; give the question")
+    return clean
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, (list, tuple)):
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, Mapping) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise DataError(
+                    f"{where} has a part that is not text ({reprlib.repr(kind or part)}); only text is supported"
+                )
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"{where} is {kind_of(content)}; only text is supported, give a string")
+    check_unicode(content, where)
+    return content
+
+
+def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as a dict: data sets often hold them as JSON text, templates expect a dict."""
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(f"{where} is {kind_of(calls)}; give a list of dicts")
+    parsed = []
+    for i, call in enumerate(_json_like(calls, where)):
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where}[{i}] has no name; give {{'function': {{'name': ..., 'arguments': ...}}}}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _from_json(arguments, f"{where}[{i}] arguments")
+        function = {**function, "arguments": arguments}
+        parsed.append({**call, "function": function} if "function" in call else function)
+    return parsed
+
+
+def _from_json(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"`{where}` is a string but not JSON: {error}") from error
+
+
+def _json_like(value: Any, where: str) -> Any:
+    """`value` without None, refused unless it could be written as JSON (the chat template prints it)."""
+    value = _strip_none(value, where)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} cannot be written as JSON: {error}") from error
+    return value
+
+
+def _strip_none(value: Any, where: str) -> Any:
+    """Drop None values from dicts at every depth: Arrow fills the keys that other rows have."""
+    try:
+        return _without_none(value)
+    except RecursionError:
+        raise DataError(f"{where} is nested too deeply") from None
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise DataError(
+            f"{where} has a lone surrogate (U+{ord(bad):04X}); no tokenizer takes it, repair the text"
+        ) from None
+
+
+def kind_of(value: Any) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"

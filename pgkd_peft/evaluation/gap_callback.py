@@ -1,0 +1,228 @@
+"""The recovered gap while training: answers to held-out rows, scored at every evaluation of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from ..data.collator import DataCollatorForPrivilegedGKD
+from ..data.load import validate_rows
+from ..errors import ConfigError
+from .answers import Evaluation, continuations, evaluate, measure_drift, recovered_gap
+from .scorers import Scorer, check_scorable, make_scorer
+
+if TYPE_CHECKING:
+    from ..trainer import PrivilegedSelfDistillTrainer
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("eval_recovered", "eval_student", "eval_base", "eval_teacher", "eval_drift")
+
+
+class RecoveredGapCallback(TrainerCallback):
+    """Adds to every evaluation of the run what `pgkd eval` measures: ``eval_student``, ``eval_base`` and
+    ``eval_teacher`` (mean scores of greedy answers), ``eval_recovered``, and with neutral rows ``eval_drift``.
+
+    Evaluations happen as Transformers has it (``eval_strategy``, ``eval_steps``, an ``eval_dataset``), and their
+    metrics can be used as usual, for example ``metric_for_best_model="eval_recovered"`` with
+    ``load_best_model_at_end=True`` and ``EarlyStoppingCallback``. Base and teacher (the base with PI) answer once, when
+    training begins. ``eval_recovered`` is left out when the teacher is not better than the base.
+
+    Args:
+        rows: held-out rows, as for training; the reference stands where the scorer looks for it.
+        scorer: a scorer's name, see :func:`pgkd_peft.evaluation.scorers.make_scorer`, or a function of answer and row.
+        answer_key: column with the reference, for a scorer given by name.
+        neutral_rows: prompts on which the student should go on answering as the base does.
+        max_new_tokens: length limit of an answer; default: the run's.
+
+    Raises:
+        ConfigError: there is no such scorer. DataError: rows that cannot be scored, all in one report.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        scorer: str | Scorer = "contains",
+        *,
+        answer_key: str = "answer",
+        neutral_rows: Sequence[Mapping[str, Any]] | None = None,
+        max_new_tokens: int | None = None,
+    ):
+        self.rows = list(rows)
+        self.scorer = make_scorer(scorer, answer_key=answer_key) if isinstance(scorer, str) else scorer
+        self.neutral_rows = list(neutral_rows or ())
+        self.max_new_tokens = max_new_tokens
+        if not self.rows:
+            raise ConfigError("RecoveredGapCallback got no rows to score answers on")
+        check_scorable(self.rows, self.scorer)
+        self.known: Evaluation | None = None  # what base and teacher answer to this rank's rows
+        self.neutral: list[tuple[list[int], list[int]]] | None = None
+
+    def prepare(self, trainer: PrivilegedSelfDistillTrainer) -> None:
+        """Let base and teacher answer.
+
+        Raises:
+            ConfigError: there is no gap, but the best checkpoint is to be chosen by it.
+        """
+        collator = _collator(trainer)
+        if not isinstance(collator, DataCollatorForPrivilegedGKD):
+            raise ConfigError(
+                f"RecoveredGapCallback needs the run's own collator, this is a {type(collator).__name__}; leave out "
+                "data_collator"
+            )
+        for rows in (self.rows, self.neutral_rows):
+            if rows:
+                validate_rows(rows, collator)
+        if trainer.is_world_process_zero():
+            logger.info("base and teacher answer %d held-out rows …", len(self.rows))
+        columns = ("base", "teacher")
+        self.known = self._answer(trainer, columns)
+        if self.neutral_rows:
+            self.neutral = continuations(trainer.model, collator, _share(trainer, self.neutral_rows))
+        scores = self._scores(trainer, self.known, columns)
+        if trainer.is_world_process_zero():
+            logger.info(
+                "%d held-out rows: base %.3f, base with PI (teacher) %.3f",
+                len(self.rows),
+                scores["base"],
+                scores["teacher"],
+            )
+        if recovered_gap(scores["base"], scores["teacher"], scores["base"]) is None:
+            found = (
+                f"no gap to recover on the {len(self.rows)} held-out rows: the teacher with PI scores "
+                f"{scores['teacher']:.3f}, the base {scores['base']:.3f}"
+            )
+            if str(trainer.args.metric_for_best_model).removeprefix("eval_") == "recovered":
+                raise ConfigError(
+                    f"metric_for_best_model is eval_recovered, but there is {found}. Try another scorer, look at what "
+                    "the teacher sees and says (pgkd inspect --preflight), or choose by eval_student."
+                )
+            if trainer.is_world_process_zero():
+                logger.warning("There is %s; eval_recovered is left out.", found)
+
+    def measure(self, trainer: PrivilegedSelfDistillTrainer) -> dict[str, float]:
+        """The metrics of an evaluation, over the rows of all ranks."""
+        if self.known is None:
+            self.prepare(trainer)
+        columns = ("base", "teacher", "student")
+        scores = self._scores(trainer, self._answer(trainer, columns), columns)
+        metrics = {f"eval_{name}": score for name, score in scores.items()}
+        recovered = recovered_gap(scores["base"], scores["teacher"], scores["student"])
+        if recovered is not None:
+            metrics["eval_recovered"] = recovered
+        if self.neutral is not None:
+            kl = tokens = 0.0
+            if self.neutral:
+                drift = measure_drift(trainer.model, _collator(trainer), continued=self.neutral)
+                kl, tokens = drift.kl * drift.tokens, drift.tokens
+            kl, tokens = _sums(trainer, [kl, tokens])
+            metrics["eval_drift"] = kl / tokens
+        return metrics
+
+    def _answer(self, trainer: PrivilegedSelfDistillTrainer, columns: Sequence[str]) -> Evaluation | None:
+        """This rank's share of the rows, answered and scored; None without any."""
+        rows = _share(trainer, self.rows)
+        if not rows:
+            return None
+        return evaluate(
+            trainer.model,
+            _collator(trainer),
+            rows,
+            self.scorer,
+            max_new_tokens=self.max_new_tokens or trainer.args.max_new_tokens,
+            columns=columns,
+            known=self.known,
+            bootstrap_samples=0,
+            student=trainer.engine.model if hasattr(trainer, "engine") else None,
+        )
+
+    def _scores(self, trainer: Any, result: Evaluation | None, columns: Sequence[str]) -> dict[str, float]:
+        """Mean score by column over the rows of all ranks; `result` has those of this rank."""
+        own = [sum(result.scores[name]) if result is not None else 0.0 for name in columns]
+        return {name: total / len(self.rows) for name, total in zip(columns, _sums(trainer, own))}
+
+
+def _collator(trainer: Any) -> Any:
+    """What makes both contexts of a row: the trainer's collator, unless it trains on something else."""
+    return getattr(trainer, "context_collator", trainer.data_collator)
+
+
+def _share(trainer: Any, rows: list[Any]) -> list[Any]:
+    """This rank's rows."""
+    return rows[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+
+
+def _sums(trainer: Any, values: Sequence[float]) -> list[float]:
+    """The sum of each value over all ranks."""
+    own = torch.tensor([values], dtype=torch.float64, device=trainer.args.device)
+    return trainer.accelerator.gather(own).sum(0).tolist()
+
+
+class EvaluationMixin:
+    """The part of a trainer that makes evaluations leave no trace in the training, and lets
+    :class:`RecoveredGapCallback` take part in them; stands before the Transformers trainer."""
+
+    def _gap_callbacks(self) -> list[RecoveredGapCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, RecoveredGapCallback)]  # type: ignore[attr-defined]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]
+        metric = str(me.args.metric_for_best_model).removeprefix("eval_")
+        callbacks = self._gap_callbacks()
+        if f"eval_{metric}" in METRICS and not callbacks:
+            raise ConfigError(
+                f"metric_for_best_model is {me.args.metric_for_best_model!r}, which nothing measures: give a scorer "
+                "(--scorer contains), in Python callbacks=[RecoveredGapCallback(rows, scorer=...)]."
+            )
+        if metric == "drift" and not any(callback.neutral_rows for callback in callbacks):
+            raise ConfigError(
+                "metric_for_best_model is eval_drift, which is measured on neutral prompts: give "
+                "--neutral_dataset_name, in Python RecoveredGapCallback(..., neutral_rows=...)."
+            )
+        if me.args.eval_strategy != "no":
+            for callback in callbacks:
+                callback.prepare(me)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Transformers' own, with random state and train mode left as they were."""
+        with kept_random_state(), _kept_mode(self.model):  # type: ignore[attr-defined]
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        several = list(me.eval_dataset) if isinstance(me.eval_dataset, dict) else []
+        if metric_key_prefix in ("eval", *(f"eval_{name}" for name in several[:1])):  # once an evaluation
+            for callback in self._gap_callbacks():
+                output.metrics.update(callback.measure(me))
+        return output
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Put back every random state that training draws from: Transformers' evaluation alone takes a number from
+    torch's, with which a data loader seeds its workers."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _kept_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = model.training
+    try:
+        yield
+    finally:
+        model.train(training)

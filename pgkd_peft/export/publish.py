@@ -1,0 +1,201 @@
+"""Hand a trained adapter to others: cleaned for publication, or as GGUF for llama.cpp and Ollama."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GgufConfig
+
+from ..errors import ConfigError, ModelError
+from . import card as publish
+from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun, read_run
+from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
+from .merge import TOLERANCE, VerificationError
+from .merged_weights import BASES, MergedWeights
+from .verify import Prompts, TrainedModel, read_prompts
+from .write import copy_tokenizer, tokenizer_folder
+
+FORMATS = ("peft", "gguf-lora", "gguf")
+
+# As merge.TOLERANCE, for GGUF types. q8_0 keeps about 8 bits a weight, one scale for 32 of them.
+GGUF_TOLERANCE = {"f32": TOLERANCE["fp32"], "f16": TOLERANCE["fp16"], "q8_0": 2e-2}
+
+
+@dataclass
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        rounding: of GGUF: |stored - exact| / |exact| over all tensors.
+        fidelity: of a merged GGUF: how far what Transformers reads from the file is from the trained model.
+        tolerance: limit on fidelity["kl_mean"], nats/token.
+    """
+
+    out: str
+    format: str
+    base_model: str
+    files: list[str]
+    rounding: float | None = None
+    fidelity: dict[str, Any] | None = None
+    tolerance: float | None = None
+    assumed: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export_adapter(
+    adapter: str,
+    out: str,
+    *,
+    format: str = "peft",
+    gguf_type: str = "f16",
+    base: str = "dequantized",
+    base_id: str | None = None,
+    prompts: str | None = None,
+    tolerance: float | None = None,
+    verify: bool = True,
+    quantization: str | None = None,
+    base_model: str | None = None,
+    push_to_hub: str | None = None,
+    trust_remote_code: bool = False,
+    log: Callable[[str], None] = print,
+) -> ExportReport:
+    """Write the adapter in a form that others can use.
+
+    Args:
+        adapter: the run folder of a training, a checkpoint inside one, or a Hub id.
+        out: for "peft" a directory to make; for the GGUF formats a file to make, ending in .gguf.
+        format: "peft": adapter, tokenizer and model card, without local paths. "gguf-lora": the adapter for
+            llama.cpp's --lora. "gguf": the merged model.
+        gguf_type: f16, q8_0 or f32, of "gguf".
+        base: dequantized or original, of "gguf" (see merge_adapter).
+        base_id: the base's Hub id, for a base that is only a local directory.
+        prompts, tolerance, verify: of "gguf": as in merge_adapter; the file is read by Transformers and compared.
+        quantization, base_model: override what run.json and adapter_config.json say.
+        push_to_hub: repository id to upload the result to.
+
+    Raises:
+        VerificationError: the merged GGUF is not the model that was trained.
+        PGKDError: a mistake in the arguments or the files, or a model that the format cannot hold.
+    """
+    for flag, value, accepted in (("format", format, FORMATS), ("gguf-type", gguf_type, TYPES), ("base", base, BASES)):
+        if value not in accepted:
+            raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
+    target = Path(out)
+    if format != "peft" and target.suffix != ".gguf":
+        raise ConfigError(f"--out {out} must end in .gguf for --format {format}: it is a file")
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise ConfigError(f"--out {out} exists already; give another")
+    run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
+    identity = base_id or publish.hub_id(run)
+    report = ExportReport(out, format, identity or run.base.name, [], assumed=list(run.assumed))
+    if format == "peft":
+        if identity is None:
+            raise ConfigError(
+                f"the base of this adapter is the local directory {run.base_name}, which nobody else has. Give the id "
+                "under which others find it with --base-id ORG/NAME."
+            )
+        _export_peft(run, target, identity)
+    else:
+        weights = MergedWeights(run, base=base, trust_remote_code=trust_remote_code)
+        if format == "gguf-lora":
+            summary = write_gguf_lora(weights, target, name=run.folder.name)
+            log(
+                f"Fits a GGUF of {report.base_model}. It was trained on that base in {run.quantization}; on another "
+                "quantization of it the answers differ a little."
+            )
+        else:
+            rows = read_prompts(run, prompts) if verify else None
+            summary = _export_gguf(report, weights, target, gguf_type, rows, tolerance, trust_remote_code, log)
+        report.rounding = summary.rounding
+    report.files = sorted(p.name for p in target.iterdir()) if target.is_dir() else [target.name]
+    log(f"Wrote {target}: {', '.join(report.files)}")
+    if push_to_hub:
+        log(f"Pushed to {publish.push(target, push_to_hub)}")
+    return report
+
+
+def _export_peft(run: AdapterRun, target: Path, identity: str) -> None:
+    """Adapter, config, tokenizer and card in a new directory; nothing in it knows this machine."""
+    staging = target.with_name(target.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tensors = load_file(run.folder / ADAPTER_FILE)
+    save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
+    config = {**run.adapter_config, "base_model_name_or_path": identity, "inference_mode": True}
+    if identity != run.base_name:
+        config["revision"] = None  # it was that of another source
+    (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_tokenizer(run, staging)
+    (staging / "README.md").write_text(publish.adapter_card(run, identity), encoding="utf-8")
+    saved = load_file(staging / ADAPTER_FILE)
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
+    for path in staging.glob("*.json"):
+        _refuse_local_paths(json.loads(path.read_text(encoding="utf-8")), path)
+    if target.exists():
+        target.rmdir()
+    staging.rename(target)
+
+
+def _refuse_local_paths(content: Any, path: Path, key: str = "") -> None:
+    """Raises ModelError when a setting in a file to be published is an absolute path."""
+    if isinstance(content, dict) and path.name != "tokenizer.json":
+        for name, value in content.items():
+            _refuse_local_paths(value, path, name)
+    elif isinstance(content, str) and len(content) > 1 and Path(content).is_absolute():
+        raise ModelError(
+            f"{path.name} has the local path {content!r} as {key!r}; remove it from the adapter's own files"
+        )
+
+
+def _export_gguf(
+    report: ExportReport,
+    weights: MergedWeights,
+    target: Path,
+    gguf_type: str,
+    prompts: Prompts | None,
+    tolerance: float | None,
+    trust_remote_code: bool,
+    log: Callable[[str], None],
+) -> GGUFSummary:
+    """Write the merged model, let Transformers read the file, and compare what it read with the trained model."""
+    run = weights.run
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(run), trust_remote_code=trust_remote_code)
+    unverified = target.with_suffix(".unverified.gguf")
+    unverified.unlink(missing_ok=True)
+    summary = write_gguf_model(weights, tokenizer, unverified, gguf_type, name=report.base_model, log=log)
+    if prompts is not None:
+        with TrainedModel(run, tokenizer, prompts, trust_remote_code=trust_remote_code) as trained:
+            # With our own config: Transformers reads no head size and no scaled rotary frequencies from GGUF.
+            weights.config.tie_word_embeddings = weights.config.tie_word_embeddings and not weights.untied
+            fidelity = trained.measure(
+                unverified.parent,
+                config=weights.config,
+                gguf_file=unverified.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+        limit = GGUF_TOLERANCE[gguf_type] if weights.base == "dequantized" else None
+        report.tolerance = limit if tolerance is None else tolerance
+        report.fidelity = fidelity.as_dict()
+        log(
+            f"{gguf_type}, {weights.base} base: KL(trained || file) {fidelity.kl_mean:.2g} nats/token (max "
+            f"{fidelity.kl_max:.2g}), top-1 agreement {fidelity.top1_agreement:.2%}, over {fidelity.tokens} tokens "
+            f"from {prompts.source}"
+        )
+        if report.tolerance is not None and not fidelity.kl_mean <= report.tolerance:
+            raise VerificationError(
+                f"{unverified} is not the model that was trained: KL {fidelity.kl_mean:.2g} nats/token, tolerance "
+                f"{report.tolerance:.2g}. --tolerance accepts it; --gguf-type f16 is finer than q8_0."
+            )
+    unverified.replace(target)
+    return summary

@@ -1,0 +1,352 @@
+"""Is the merged model the model that was trained? KL per token between the two, on the same sequences.
+
+The trained model is the adapter on the base as training held it, the merged model is what a user will load. Both run in
+float32 arithmetic on the weights that they hold, so what is measured is the difference of the two functions and not the
+noise of 16-bit activations; that noise is measured too, as the yardstick (`arithmetic_floor`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ..data.collator import stop_ids
+from ..errors import DataError
+from ..model.load import base_of, dequantized_weight, guard_cpu_linear4bit, load_base
+from ..rollout import generate
+from ..teacher import FrozenCheck
+from .adapter import AdapterRun
+
+# Used when a run kept no held-out prompts and none were given: everyday questions that no adapter was made for.
+NEUTRAL_PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "How do I boil an egg?",
+    "Give me three tips for learning a new language.",
+    "What is the difference between a list and a tuple in Python?",
+    "Translate 'good morning' into Spanish.",
+    "Summarize the plot of Romeo and Juliet in one sentence.",
+    "What is 17 plus 25?",
+    "Name four planets of the solar system.",
+    "Write an email that thanks a colleague for help with a report.",
+    "Why do leaves change their colour in autumn?",
+)
+MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 1024, 48
+
+Score = Callable[[Any, PreTrainedTokenizerBase], float]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Conversations to measure on, and a sentence that says where they come from."""
+
+    rows: tuple[dict[str, Any], ...]
+    source: str
+    neutral: bool = False
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids whose positions from `start` on are measured: a greedy answer of the trained model, or a row's own."""
+
+    ids: tuple[int, ...]
+    start: int
+    from_row: bool
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far a model is from the trained one, over `tokens` completion tokens of `sequences` sequences.
+
+    KL(trained || this) in nats per token, mean, 99th percentile and maximum; the share of positions where the likeliest
+    token is the same; the mean negative log-likelihood of the rows' own answers (None where no row has one); the task
+    score (None where there is no task).
+    """
+
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    tokens: int
+    sequences: int
+    answer_nll: float | None = None
+    score: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_prompts(run: AdapterRun, file: str | None) -> Prompts:
+    """The prompts of `file`, else those that the run held out, else a small neutral set.
+
+    A file has one prompt a line: plain text, or JSON with `messages` (or `prompt`), whose last assistant turn, if there
+    is one, is measured as well.
+
+    Raises:
+        DataError: no such file, nothing in it, or a line that is no prompt; all bad lines in one report.
+    """
+    path = Path(file) if file else None
+    source = f"the prompts of {path.name}" if path else ""
+    if path is None and run.run_folder is not None and run.info.get("holdout_prompts"):
+        path = run.run_folder / str(run.info["holdout_prompts"])
+        source = "the run's own held-out prompts"
+        if not path.is_file():
+            path = None
+    if path is None:
+        rows = tuple({"messages": [{"role": "user", "content": text}]} for text in NEUTRAL_PROMPTS)
+        return Prompts(
+            rows, f"{len(rows)} built-in neutral prompts (the run kept none; give --prompts FILE)", neutral=True
+        )
+    if not path.is_file():
+        raise DataError(f"--prompts {str(path)!r} is no file; give one with a prompt a line, as text or JSON")
+    rows_, faults = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                rows_.append(_prompt_row(line))
+            except ValueError as error:
+                faults.append(f"{path}, line {number}: {error}")
+    if faults or not rows_:
+        raise DataError("\n".join(faults) or f"{path} holds no prompts; give one a line, as text or JSON")
+    kept = rows_[:MAX_PROMPTS]
+    return Prompts(tuple(kept), f"{source} ({len(kept)} of {len(rows_)})")
+
+
+def _prompt_row(line: str) -> dict[str, Any]:
+    if not line.lstrip().startswith("{"):
+        return {"messages": [{"role": "user", "content": line.strip()}]}
+    row = json.loads(line)
+    messages = row.get("messages", row.get("prompt"))
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError(f"needs 'messages' (a list of turns) or 'prompt', has {', '.join(row) or 'nothing'}")
+    return {**row, "messages": messages}
+
+
+class TrainedModel:
+    """The trained model's answers and log-probabilities, computed once and kept on disk for any number of comparisons.
+
+    Use it as a context manager: the log-probabilities take tokens x vocabulary x 4 bytes of temporary disk space.
+
+    Attributes:
+        arithmetic_floor: mean KL between the trained model in float32 arithmetic and the same model as it ran in
+            training. A merged model cannot be told from the trained one below it.
+        adapter_effect: mean KL between the trained model and its base without the adapter: what there is to lose.
+        base_matches: whether the base as loaded here is, bit for bit, the one whose digest run.json holds; None where
+            there is no digest, or where the run was trained on another kind of device, whose quantization kernels may
+            round differently.
+        answer_nll, score: as in Fidelity.
+    """
+
+    def __init__(
+        self,
+        run: AdapterRun,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        score: Score | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.run, self.tokenizer, self.prompts = run, tokenizer, prompts
+        self.max_new_tokens, self._score, self._trust = max_new_tokens, score, trust_remote_code
+        self.sequences: list[Sequence] = []
+        self.arithmetic_floor = self.adapter_effect = float("nan")
+        self.answer_nll: float | None = None
+        self.score: float | None = None
+        self.base_matches: bool | None = None
+
+    def __enter__(self) -> TrainedModel:
+        self._folder = Path(tempfile.mkdtemp(prefix="pgkd-fidelity-"))
+        try:
+            self._measure_trained()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @torch.no_grad()
+    def _measure_trained(self) -> None:
+        run = self.run
+        base = load_base(
+            str(run.base),
+            quantization=run.quantization,
+            dtype=run.dtype,
+            quantization_config=run.quantization_config,
+            trust_remote_code=self._trust,
+        )
+        model = PeftModel.from_pretrained(base, str(run.folder)).eval()
+        trained_on_cpu = str(run.info.get("device")).startswith("CPU")
+        if run.info.get("base_digest") and trained_on_cpu != torch.cuda.is_available():
+            self.base_matches = FrozenCheck(model).digest == run.info["base_digest"]
+        self.sequences = build_sequences(model, self.tokenizer, self.prompts, self.max_new_tokens)
+        if self._score is not None:
+            self.score = self._score(model, self.tokenizer)
+        for i, as_run in enumerate(log_probs(model, self.sequences)):
+            save_file({"as_run": as_run}, self._folder / f"{i}.as_run")
+        use_float32_arithmetic(model)
+        for i, trained in enumerate(log_probs(model, self.sequences)):
+            save_file({"trained": trained}, self._folder / f"{i}.trained")
+        floor = [
+            kl_per_token(trained, load_file(self._folder / f"{i}.as_run")["as_run"])
+            for i, trained in enumerate(self._trained())
+        ]
+        self.arithmetic_floor = torch.cat(floor).mean().item()
+        for file in self._folder.glob("*.as_run"):
+            file.unlink()
+        with model.disable_adapter():
+            effect = self.compare(log_probs(model, self.sequences))
+        self.adapter_effect = effect.kl_mean
+        self.answer_nll = self.compare(self._trained()).answer_nll
+
+    def _trained(self) -> Iterator[torch.Tensor]:
+        for i in range(len(self.sequences)):
+            yield load_file(self._folder / f"{i}.trained")["trained"]
+
+    @torch.no_grad()
+    def measure(self, folder: str | Path, **load: Any) -> Fidelity:
+        """Compare the model in `folder`, loaded as any user would, with the trained one."""
+        device_map = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
+        options = {"dtype": "auto", "device_map": device_map, "trust_remote_code": self._trust, **load}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        guard_cpu_linear4bit(model)
+        score = self._score(model, self.tokenizer) if self._score is not None else None
+        use_float32_arithmetic(model)
+        return self.compare(log_probs(model, self.sequences), score)
+
+    def compare(self, others: Iterator[torch.Tensor], score: float | None = None) -> Fidelity:
+        """`others` are another model's log-probabilities (N, V) of the same sequences."""
+        divergences, agreements, nlls = [], [], []
+        for sequence, trained, other in zip(self.sequences, self._trained(), others, strict=True):
+            divergences.append(kl_per_token(trained, other))
+            agreements.append(trained.argmax(-1) == other.argmax(-1))
+            if sequence.from_row:
+                target = torch.tensor(sequence.ids[sequence.start :])
+                nlls.append(-other.gather(-1, target[:, None])[:, 0])
+        kl, agreement = torch.cat(divergences), torch.cat(agreements)
+        return Fidelity(
+            kl_mean=kl.mean().item(),
+            kl_p99=kl.quantile(0.99).item(),
+            kl_max=kl.max().item(),
+            top1_agreement=agreement.double().mean().item(),
+            tokens=len(kl),
+            sequences=len(self.sequences),
+            answer_nll=torch.cat(nlls).mean().item() if nlls else None,
+            score=score,
+        )
+
+
+def kl_per_token(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(P || Q) (N,) in nats, of log-probabilities (N, V); summed in float64."""
+    p, q = p.double(), q.double()
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def log_probs(model: nn.Module, sequences: list[Sequence]) -> Iterator[torch.Tensor]:
+    """For each sequence the log-probabilities (N, V), float32 on the CPU, of its tokens from `start` on."""
+    device = next(model.parameters()).device
+    keeps = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+    for sequence in sequences:
+        ids = torch.tensor([sequence.ids], device=device)  # (1, T)
+        n = len(sequence.ids) - sequence.start
+        keep = {"logits_to_keep": n + 1} if keeps else {}
+        logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -(n + 1) : -1]  # (N, V)
+        yield F.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def build_sequences(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, max_new_tokens: int
+) -> list[Sequence]:
+    """Each prompt with the model's greedy continuation, and with the row's own answer where it has one."""
+    sequences = []
+    prompt_ids = []
+    for row in prompts.rows:
+        messages = row["messages"]
+        answer = messages[-1] if messages[-1]["role"] == "assistant" else None
+        ids = _render(tokenizer, row, messages[:-1] if answer else messages)
+        if len(ids) > MAX_PROMPT_TOKENS:
+            continue
+        prompt_ids.append(ids)
+        if answer and isinstance(answer.get("content"), str):
+            text = tokenizer(answer["content"] + (tokenizer.eos_token or ""), add_special_tokens=False)
+            own = text["input_ids"][: 4 * max_new_tokens]
+            sequences.append(Sequence((*ids, *own), len(ids), True))
+    if not prompt_ids:
+        raise DataError(
+            f"every prompt is longer than {MAX_PROMPT_TOKENS} tokens; give shorter ones with --prompts FILE"
+        )
+    continuations = generate(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids(tokenizer, base_of(model).generation_config),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+    for ids, continuation in zip(prompt_ids, continuations, strict=True):
+        sequences.append(Sequence((*ids, *continuation), len(ids), False))
+    return sequences
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], messages: list[dict[str, Any]]) -> list[int]:
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=row.get("tools"),
+            add_generation_prompt=True,
+            tokenize=False,
+            **(row.get("chat_template_kwargs") or {}),
+        )
+    else:
+        text = "\n".join(m["content"] for m in messages)
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+
+
+def use_float32_arithmetic(model: nn.Module) -> None:
+    """From now on the model computes in float32 with exactly the weights that it holds; done in place.
+
+    The large matrices stay as they are (4-bit, 8-bit or 16-bit) and are widened layer by layer in the forward.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.dtype != torch.float32:
+            module.forward = functools.partial(_wide_forward, module)  # type: ignore[method-assign]
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+
+
+def _wide_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    bias = module.bias.float() if module.bias is not None else None
+    weight = held_weight(module)
+    return F.linear(x.float(), weight.T if isinstance(module, Conv1D) else weight, bias)
+
+
+def held_weight(module: nn.Module) -> torch.Tensor:
+    """The float32 weight that a layer's forward uses: a 4-bit one is dequantized to the layer's compute dtype."""
+    if isinstance(module, bnb.nn.Linear4bit) and module.compute_dtype is not None:
+        state = copy.copy(module.weight.quant_state)
+        state.dtype = module.compute_dtype
+        return bnb.functional.dequantize_4bit(module.weight.data, state).float()
+    return dequantized_weight(module)

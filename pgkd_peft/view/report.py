@@ -1,0 +1,187 @@
+"""`pgkd report RUN_DIR`: one HTML page that tells a run's story, without a network."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..run.jsonl import is_number, read_json, read_lines
+from .report_page import SCORES, render
+
+REPORT_FILE = "report.html"
+MOST_STEPS = 40
+"""Traced steps that the page holds; of more, evenly spread ones."""
+MOST_POINTS = 2000
+MOST_ANSWERS = 24
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run; returns where.
+
+    Raises:
+        ConfigError: `run_dir` is no run folder.
+    """
+    run_dir = Path(run_dir)
+    page = render(collect(run_dir))
+    out = Path(out) if out is not None else run_dir / REPORT_FILE
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8", errors="replace")
+    return out
+
+
+# ---- the run folder ------------------------------------------------------------------------------------------------
+
+
+def collect(run_dir: Path) -> dict[str, Any]:
+    """What a run folder holds: ``name``, ``run``, ``metrics`` (by step), ``results``, ``traces``, ``answers``.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing of a run in it.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such folder; give the output_dir of a training, e.g. pgkd report runs/demo")
+    run = read_json(run_dir / "run.json")
+    metrics = read_metrics(run_dir)
+    traces = read_lines(run_dir / "traces.jsonl")
+    results = read_results(run_dir)
+    if not (run or metrics or traces or results):
+        raise ConfigError(
+            f"{run_dir} is no run folder: there is no run.json, metrics.jsonl, summary.json or traces.jsonl in it"
+        )
+    return {
+        "name": run_dir.resolve().name,
+        "run": run,
+        "metrics": metrics,
+        "results": results,
+        "traces": choose_traces(traces),
+        "answers": read_answers(run_dir),
+    }
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """What was logged, one dict a step: from metrics.jsonl, else from the newest trainer_state.json."""
+    records = read_lines(run_dir / "metrics.jsonl")
+    if not records:
+        states = [*run_dir.glob("checkpoint-*/trainer_state.json"), *run_dir.glob("trainer_state.json")]
+        histories = [read_json(path).get("log_history") or [] for path in states]
+        records = max(histories, key=lambda h: max((r.get("step", 0) for r in h), default=-1), default=[])
+    by_step: dict[float, dict[str, float]] = {}
+    for record in records:
+        if is_number(record.get("step")) and "train_runtime" not in record:
+            numbers = {key: value for key, value in record.items() if is_number(value)}
+            by_step.setdefault(record["step"], {}).update(numbers)
+    steps = sorted(by_step)
+    if len(steps) > MOST_POINTS:  # rows of an evaluation are kept
+        wanted = set(spread(steps, MOST_POINTS))
+        steps = [s for s in steps if s in wanted or any(key.startswith("eval_") for key in by_step[s])]
+    return [by_step[step] for step in steps]
+
+
+def read_results(run_dir: Path) -> list[dict[str, Any]]:
+    """Evaluations in the folder, each with its ``name``: summary.json, eval*.json, and the `controls` in them."""
+    found: list[dict[str, Any]] = []
+    for path in [*sorted(run_dir.glob("eval*.json")), run_dir / "summary.json"]:
+        result = read_json(path)
+        if any(is_number(result.get(key)) for key in ("base", "teacher", "student")):
+            numbers = [result.get(key) for key, _ in SCORES[:3]]
+            if numbers not in [[other.get(key) for key, _ in SCORES[:3]] for other in found]:
+                name = "this run" if path.stem in ("summary", "eval_results") else path.stem
+                found.append({**result, "name": str(result.get("name", name))})
+        controls = result.get("controls")
+        if isinstance(controls, Mapping):
+            controls = [{"name": key, **value} for key, value in controls.items() if isinstance(value, Mapping)]
+        for control in controls if isinstance(controls, list) else []:
+            if isinstance(control, Mapping) and dict(control) not in found:
+                found.append({"name": "control", **control})
+    return sorted(found, key=lambda result: result["name"] != "this run")
+
+
+def read_answers(run_dir: Path) -> list[dict[str, Any]]:
+    """Answers to read: the evaluation's, else those of the last rollout log. Each has ``prompt`` and ``answers``."""
+    records = [r for r in read_lines(run_dir / "eval_answers.jsonl") if isinstance(r.get("answers"), dict)]
+    if records:
+        return [
+            {
+                "prompt": str(record.get("prompt", "")),
+                "privileged": str(record.get("privileged", "")),
+                "answers": {str(key): str(value) for key, value in record["answers"].items()},
+                "scores": record.get("scores") if isinstance(record.get("scores"), dict) else {},
+            }
+            for record in spread(records, MOST_ANSWERS)
+        ]
+    logged = read_lines(run_dir / "completions.jsonl")
+    last = max((r["step"] for r in logged if is_number(r.get("step"))), default=None)
+    return [
+        {
+            "prompt": str(record.get("prompt", "")),
+            "privileged": "",
+            "answers": {"student": str(record.get("student", "")), "teacher": str(record.get("teacher", ""))},
+            "scores": {},
+        }
+        for record in logged
+        if last is not None and record.get("step") == last
+    ][:MOST_ANSWERS]
+
+
+def choose_traces(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The traces that the page shows, with the place of the PI in the teacher's prompt."""
+    lists = ("tokens", "divergence", "student_top", "teacher_top", "student_p", "teacher_p", "in_loss")
+    usable = [
+        trace
+        for trace in traces
+        if is_number(trace.get("step"))
+        and all(isinstance(trace.get(key), list) and len(trace[key]) == len(trace["tokens"]) for key in lists)
+        and trace["tokens"]
+    ]
+    wanted = set(spread(sorted({trace["step"] for trace in usable}), MOST_STEPS))
+    chosen = []
+    for trace in usable:
+        if trace["step"] in wanted:
+            student, teacher = str(trace.get("prompt", "")), str(trace.get("teacher_prompt", ""))
+            start, stop = difference(student, teacher)
+            parts = [teacher[:start], teacher[start:stop], teacher[stop:]]
+            chosen.append({**trace, "prompt": student, "teacher_prompt": parts})
+    return sorted(chosen, key=lambda trace: trace["step"])
+
+
+def difference(student: str, teacher: str) -> tuple[int, int]:
+    """Where the teacher's prompt differs from the student's: the part between common beginning and common end, moved
+    to begin with a markup token where it can."""
+    shorter = min(len(student), len(teacher))
+    start = next((i for i in range(shorter) if student[i] != teacher[i]), shorter)
+    most = shorter - start
+    tail = next((i for i in range(most) if student[-1 - i] != teacher[-1 - i]), most)
+    stop = len(teacher) - tail
+    if tail == most and start < stop:
+        for first in range(start, -1, -1):
+            if teacher[first] == "<":
+                return first, stop - (start - first)
+            if first == 0 or teacher[first - 1] != teacher[first - 1 + stop - start]:
+                break
+    return start, stop
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """`pgkd report RUN_DIR [--out FILE]`."""
+    parser = argparse.ArgumentParser(
+        prog="pgkd report", description="Write one self-contained HTML page about a run.", allow_abbrev=False
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a training")
+    parser.add_argument("--out", metavar="FILE", help=f"default: RUN_DIR/{REPORT_FILE}")
+    args = parser.parse_args(list(argv))
+    path = write_report(args.run_dir, args.out)
+    print(f"{path} ({path.stat().st_size / 1024:.0f} KiB, opens without a network)")
+    return 0
