@@ -53,8 +53,8 @@ def api_markdown() -> str:
     parts = [
         "# API reference",
         "Made from the docstrings by `python docs/refresh.py api`. Names of `pgkd_peft` itself come first; the others "
-        "are imported from their module, e.g. `from pgkd_peft.evaluation.answers import evaluate`. The command line has its own "
-        "help: `pgkd COMMAND --help`.",
+        "are imported from their module, e.g. `from pgkd_peft.evaluation.answers import evaluate`. The command "
+        "line has its own help: `pgkd COMMAND --help`.",
     ]
     for module, names in PUBLIC.items():
         found = _definitions(module)

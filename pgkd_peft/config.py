@@ -6,11 +6,12 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl.experimental.gkd import GKDConfig
 
 from .errors import ConfigError
-from .model.load import QUANTIZATIONS, compute_dtype
 
+QUANTIZATIONS = ("nf4", "int8", "none")
 PLACEMENTS = ("messages", "user", "system")
 TEACHERS = ("disabled", "shared", "initial", "ema")
 ENGINES = ("auto", "adapter", "merged")
@@ -273,3 +274,10 @@ class PrivilegedGKDConfig(GKDConfig):
         if self.skip_first_tokens:
             extras.append(f"without the first {self.skip_first_tokens} tokens")
         return ", ".join([f"beta={self.beta:g}: {words}", *extras]) + "; mean over completion tokens, in nats"
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16, or float16 on a GPU whose hardware has no bfloat16 (T4, V100)."""
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from .rollout import generate
-from .scoring import Row
+from .rows import Row
 from .trace import append_traces, trace_rows
 
 if TYPE_CHECKING:

@@ -15,12 +15,13 @@ import torch
 
 from .data.tokens import decode, token_texts
 from .divergence import linear_jsd
+from .model.adapters import adapter_state
+from .rows import Row
 from .run.jsonl import append_lines
-from .scoring import Row, score_teacher
-from .teacher import adapter_state
+from .scoring import score_teacher
 
 if TYPE_CHECKING:
-    from .model.student import Head
+    from .model.head import Head
     from .trainer import PrivilegedSelfDistillTrainer
 
 TRACE_FILE = "traces.jsonl"

@@ -29,23 +29,20 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from .config import PrivilegedGKDConfig
+from .data.check import checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
+from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError
 from .evaluation.gap_callback import EvaluationMixin
 from .model.adapters import STUDENT
+from .model.frozen import FrozenCheck, ProbeCallback
+from .model.head import Head
 from .model.load import base_of
-from .model.student import (
-    Head,
-    build_separate_teacher,
-    build_student,
-    check_teacher,
-    checked_rows,
-    find_tokenizer,
-    teacher_tokenizer,
-)
-from .rollout import RolloutEngine, generate, window_generator
+from .model.student import build_student, find_tokenizer
+from .rollout import generate, window_generator
 from .rollout_log import RolloutLogCallback
+from .rows import Row, pack, rows_of
 from .run.checkpoint import explain_full_disk, find_checkpoint, replacing
 from .run.console import show_log_lines
 from .run.health import HealthCallback
@@ -54,14 +51,15 @@ from .run.interrupt import interruptible
 from .run.memory import memory_for
 from .run.meters import means_of
 from .run.resume import CheckpointMixin
-from .scoring import Row, add_hidden_states_forward, pack, rows_of, score_teacher, without_padding
+from .scoring import add_hidden_states_forward, score_teacher, without_padding
 from .teacher import (
     AverageCallback,
-    FrozenCheck,
-    ProbeCallback,
     Teacher,
+    build_separate_teacher,
     check_same_vocabulary,
+    check_teacher,
     starting_adapter_warning,
+    teacher_tokenizer,
 )
 from .trl_compat import keep_adapter, refuse_sharding, without_input_casts, without_migration_advice
 

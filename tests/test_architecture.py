@@ -27,7 +27,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_imports_form_no_cycle():
-    graph = {path.stem: imports_of(path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    graph = {path.stem: imports_of(path) for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
     assert len(graph) >= 15
     done: set[str] = set()
     while True:

@@ -115,7 +115,7 @@ def test_the_divergence_is_put_into_words(settings, words):
 
 def test_every_field_of_ours_is_read_by_the_package():
     ours = {f.name for f in dataclasses.fields(PrivilegedGKDConfig)} - {f.name for f in dataclasses.fields(GKDConfig)}
-    code = "".join(path.read_text() for path in PACKAGE.glob("*.py") if path.name != "config.py")
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "config.py")
     assert len(ours) >= 20
     assert {name for name in ours if not re.search(rf"\b(args|config)\.{name}\b", code)} == set()
 

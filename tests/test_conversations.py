@@ -14,7 +14,8 @@ import pytest
 from tiny import CHATML, STRICT, byte_tokenizer
 
 from pgkd_peft import DataCollatorForPrivilegedGKD
-from pgkd_peft.data.load import load_rows, validate_rows
+from pgkd_peft.data.check import validate_rows
+from pgkd_peft.data.load import load_rows
 from pgkd_peft.errors import DataError
 
 ROWS = Path(__file__).parents[1] / "examples" / "rows"

@@ -14,10 +14,11 @@ from test_context import TOOL_ROW, TOOLS, WEATHER, row
 from tiny import CHATML, DROPPING, ROWS, STRICT, byte_tokenizer
 
 from pgkd_peft.data import load as data
+from pgkd_peft.data.check import fingerprint, validate_rows
 from pgkd_peft.data.collator import DataCollatorForPrivilegedGKD
 from pgkd_peft.data.columns import ColumnMap
 from pgkd_peft.data.files import to_dataset
-from pgkd_peft.data.load import fingerprint, load_rows, map_columns, validate_rows
+from pgkd_peft.data.load import load_rows, map_columns
 from pgkd_peft.errors import ConfigError, DataError, PGKDError
 
 

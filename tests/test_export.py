@@ -25,7 +25,8 @@ from pgkd_peft.export.adapter import read_run
 from pgkd_peft.export.card import without_local_paths
 from pgkd_peft.export.merge import merge_adapter
 from pgkd_peft.export.publish import export_adapter
-from pgkd_peft.model.load import guard_cpu_linear4bit, load_base
+from pgkd_peft.model.cpu import guard_cpu_linear4bit
+from pgkd_peft.model.load import load_base
 
 QUIET = {"log": lambda _: None}
 SUMMARY = {"base": 0.02, "teacher": 0.96, "student": 0.8125, "recovered": 0.8431, "n": 48, "drift": 0.0217}

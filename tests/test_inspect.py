@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny import CHATML, ROWS, STRICT, byte_tokenizer, save_tiny
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig
-from pgkd_peft.data.load import validate_rows
+from pgkd_peft.data.check import validate_rows
 from pgkd_peft.data.tokens import pieces, token_texts
 from pgkd_peft.errors import ConfigError
 from pgkd_peft.view.inspect import (

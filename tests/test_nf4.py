@@ -13,7 +13,8 @@ from conftest import perturb
 from tiny import ROWS, byte_tokenizer, save_tiny
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
-from pgkd_peft.model.load import attach_lora, base_of, dequantized_weight, guard_cpu_linear4bit, load_base
+from pgkd_peft.model.cpu import guard_cpu_linear4bit
+from pgkd_peft.model.load import attach_lora, base_of, dequantized_weight, load_base
 
 TOLERANCE = 0.02  # bfloat16 arithmetic, relative to the norm
 

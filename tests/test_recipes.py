@@ -16,9 +16,10 @@ from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, cli
 from pgkd_peft.cli.recipes import copy, listing, purpose, recipes
+from pgkd_peft.data.check import validate_rows
 from pgkd_peft.data.columns import ColumnMap
 from pgkd_peft.data.files import to_dataset
-from pgkd_peft.data.load import map_columns, validate_rows
+from pgkd_peft.data.load import map_columns
 from pgkd_peft.data.named import load_named
 from pgkd_peft.errors import ConfigError, DataError
 from pgkd_peft.evaluation.scorers import check_scorable, make_scorer, right_option_alone, short_plain_prose

@@ -19,6 +19,7 @@ from tiny import ROWS, save_tiny
 import pgkd_peft.rollout as rollout
 from pgkd_peft.errors import ConfigError
 from pgkd_peft.rollout import generate
+from pgkd_peft.rows import Row
 from pgkd_peft.run.checkpoint import (
     CheckpointError,
     check_run_folder,
@@ -33,7 +34,6 @@ from pgkd_peft.run.checkpoint import (
 from pgkd_peft.run.health import HealthCallback
 from pgkd_peft.run.memory import OutOfMemoryError, is_out_of_memory, memory_for
 from pgkd_peft.run.resume import trim_log
-from pgkd_peft.scoring import Row
 from pgkd_peft.trainer import NonFiniteLossError
 
 SHORT = {"max_steps": 4, "lmbda": 0.0, "rollout_log_steps": 0, "logging_steps": 1}

@@ -15,8 +15,8 @@ from conftest import perturb
 from tiny import ROWS
 
 from pgkd_peft.errors import ConfigError
+from pgkd_peft.rows import rows_of
 from pgkd_peft.run.jsonl import append_lines
-from pgkd_peft.scoring import rows_of
 from pgkd_peft.trace import append_traces, trace_rows
 from pgkd_peft.view.report import (
     choose_traces,

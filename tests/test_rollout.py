@@ -7,18 +7,12 @@ import torch
 from conftest import perturb
 from tiny import byte_tokenizer, tiny_model
 
+from pgkd_peft.engines.merged import MergedCopy, RolloutEngine, choose_engine, merged_bytes
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.model.load import attach_lora, base_of, bnb_config, guard_cpu_linear4bit, load_base
-from pgkd_peft.rollout import (
-    MergedCopy,
-    RolloutEngine,
-    choose_engine,
-    generate,
-    merged_bytes,
-    pick,
-    window_generator,
-)
-from pgkd_peft.teacher import FrozenCheck
+from pgkd_peft.model.cpu import guard_cpu_linear4bit
+from pgkd_peft.model.frozen import FrozenCheck
+from pgkd_peft.model.load import attach_lora, base_of, bnb_config, load_base
+from pgkd_peft.rollout import generate, pick, window_generator
 
 PROMPTS = [[5, 40, 41], [5, 60, 61, 62, 63, 64, 65, 66], [5, 90], [5, 100, 101, 102, 103]]
 SETTINGS = {"max_new_tokens": 12, "stop_ids": [4], "pad_id": 0}
@@ -123,7 +117,7 @@ def test_auto_takes_merged_where_it_fits(monkeypatch, llama_path):
     assert needed == 2 * sum(
         m.in_features * m.out_features for n, m in student.named_modules() if n.endswith("proj.base_layer")
     )
-    monkeypatch.setattr("pgkd_peft.rollout.free_bytes", lambda device: 2 * needed)
+    monkeypatch.setattr("pgkd_peft.engines.merged.free_bytes", lambda device: 2 * needed)
     assert choose_engine(student, "auto")[0] == "adapter"
     assert choose_engine(student, "merged")[0] == "merged"
 

@@ -15,9 +15,8 @@ from tiny import byte_tokenizer, save_tiny
 
 from pgkd_peft import PrivilegedGKDConfig
 from pgkd_peft.data.columns import ColumnMap
-from pgkd_peft.errors import ConfigError, PGKDError
+from pgkd_peft.errors import CheckpointError, ConfigError, PGKDError
 from pgkd_peft.model.load import load_base
-from pgkd_peft.run.checkpoint import CheckpointError
 
 SHORT = {"max_steps": 2, "lmbda": 0.0, "rollout_log_steps": 0}
 

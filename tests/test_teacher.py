@@ -12,10 +12,11 @@ from transformers import TrainerCallback
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
 from pgkd_peft.errors import ConfigError, FrozenBaseError, ModelError
-from pgkd_peft.model.adapters import STUDENT, adapter_tensors
+from pgkd_peft.model.adapters import INITIAL, STUDENT, adapter_state, adapter_tensors
 from pgkd_peft.model.ema import EMA, RANK_FACTOR, truncate
+from pgkd_peft.model.frozen import FrozenCheck
 from pgkd_peft.model.load import load_base
-from pgkd_peft.teacher import INITIAL, FrozenCheck, Teacher, adapter_state, check_same_vocabulary
+from pgkd_peft.teacher import Teacher, check_same_vocabulary
 
 IDS = torch.arange(24)[None] + 10  # (1, T)
 LINEAR = ["q_proj", "v_proj", "down_proj"]

@@ -9,7 +9,7 @@ import torch
 from conftest import perturb
 from tiny import ROWS
 
-from pgkd_peft.scoring import rows_of
+from pgkd_peft.rows import rows_of
 from pgkd_peft.trace import TRACE_FILE, append_traces, trace_rows
 
 

@@ -15,7 +15,7 @@ from tiny import DROPPING, ROWS, STRICT, byte_tokenizer, save_tiny, tiny_model
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
 from pgkd_peft.errors import ConfigError, DataError, ModelError
-from pgkd_peft.scoring import rows_of
+from pgkd_peft.rows import rows_of
 
 NO_PI = [{"messages": row["messages"]} for row in ROWS]
 

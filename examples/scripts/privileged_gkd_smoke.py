@@ -12,7 +12,7 @@ import tempfile
 from datasets import Dataset
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
-from pgkd_peft.model.load import demo_model_path
+from pgkd_peft.model.demo import demo_model_path
 
 ROWS = [
     {

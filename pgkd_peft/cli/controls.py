@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset
 
 from ..config import PrivilegedGKDConfig
-from ..data.load import fingerprint
+from ..data.check import fingerprint
 from ..errors import ConfigError
 from ..evaluation.controls import control_folder, control_rows, control_settings
 from ..export.adapter import ADAPTER_FILE, AdapterRun

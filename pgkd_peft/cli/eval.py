@@ -124,12 +124,11 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     """The body of :func:`main`. Rows and references are checked before the model is loaded."""
     from rich.console import Console
 
-    from ..data.load import validate_rows
+    from ..data.check import validate_rows
     from ..evaluation.answers import HINT_PHRASES, evaluate, measure_drift, perplexity
     from ..evaluation.scorers import check_scorable, make_scorer
     from ..export.adapter import read_run
-    from ..run.resume import load_adapter
-    from ..teacher import adapter_state
+    from ..model.adapters import adapter_state, load_adapter
     from .controls import find_controls
 
     console = Console()
@@ -261,7 +260,8 @@ def load_student(run: AdapterRun) -> PeftModel:
     import torch
     from peft import PeftModel
 
-    from ..model.load import guard_cpu_linear4bit, load_base
+    from ..model.cpu import guard_cpu_linear4bit
+    from ..model.load import load_base
 
     base = load_base(
         str(run.base),

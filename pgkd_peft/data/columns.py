@@ -110,3 +110,6 @@ class ColumnMap:
                 raise DataError(f"{where} cannot be rendered: {error}") from error
 
         return make
+
+
+COLUMNS = ("messages", "tools", "chat_template_kwargs", "teacher_chat_template_kwargs")

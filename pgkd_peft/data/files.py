@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _BOM = b"\xef\xbb\xbf"
@@ -217,9 +217,10 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def first_line(error: BaseException) -> str:
-    """The gist of another library's error, in one line."""
-    if isinstance(error, json.JSONDecodeError) and error.lineno == 1:
-        return f"{error.msg} (column {error.colno})"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def bad_rows_error(faults: Mapping[int, str], total: int, max_rows_listed: int = 20) -> DataError:
+    """One error for all rows that cannot be used."""
+    return DataError(
+        f"{len(faults)} of {total} rows cannot be used (row numbers start at 0):\n"
+        + listing(faults, max_rows_listed, "row"),
+        rows=tuple(sorted(faults)),
+    )

@@ -82,7 +82,7 @@ def model_path(name: str) -> str:
     """
     if not name.startswith("builtin:"):
         return name
-    from ..model.load import DEMO_MODEL, demo_model_path
+    from ..model.demo import DEMO_MODEL, demo_model_path
 
     if name != f"builtin:{DEMO_MODEL}":
         raise ModelError(f"there is no built-in model {name!r}; there is builtin:{DEMO_MODEL}")

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from ..model.adapters import adapter_state
 from ..model.load import base_of
 from ..rollout import generate
-from ..teacher import adapter_state
 from .scorers import Scorer, normalize
 
 COLUMNS = ("base", "teacher", "student", "student_with_pi")

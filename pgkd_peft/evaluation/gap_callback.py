@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from ..data.check import validate_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
-from ..data.load import validate_rows
 from ..errors import ConfigError
 from .answers import Evaluation, continuations, evaluate, measure_drift, recovered_gap
 from .scorers import Scorer, check_scorable, make_scorer

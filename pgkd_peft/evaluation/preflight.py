@@ -29,10 +29,10 @@ from rich.text import Text
 from transformers import PrinterCallback, TrainerCallback
 
 from ..data.tokens import visible
+from ..model.adapters import adapter_state
 from ..rollout import generate
+from ..rows import Row, rows_of
 from ..run.memory import ADVICE, OutOfMemoryError, is_out_of_memory
-from ..scoring import Row, rows_of
-from ..teacher import adapter_state
 from ..trace import hidden_of_both, token_divergence
 from ..trainer import PrivilegedSelfDistillTrainer
 from .scorers import Scorer, make_scorer

@@ -88,7 +88,7 @@ def check_scorable(rows: Sequence[Mapping[str, Any]], scorer: Scorer) -> None:
     Raises:
         DataError: one report on all of them.
     """
-    from ..data.load import bad_rows_error
+    from ..data.files import bad_rows_error
 
     faults = {}
     for i, row in enumerate(rows):
@@ -198,7 +198,8 @@ def short_plain_prose(answer: str, row: Mapping[str, Any]) -> float:
 
 def right_option_alone(answer: str, row: Mapping[str, Any]) -> float:
     """1 for an answer that names the right one of the row's `options` ("A. …", one a line) and no other, by its text:
-    ``pgkd_peft.evaluation.scorers:right_option_alone``. The reference is the row's `answer`, as it stands among the options."""
+    ``pgkd_peft.evaluation.scorers:right_option_alone``. The reference is the row's `answer`, as it stands among the
+    options."""
     options = [_OPTION.sub("", line).strip() for line in str(row.get("options", "")).splitlines() if line.strip()]
     right = _OPTION.sub("", references(row)[0]).strip()
     if right not in options:

@@ -12,13 +12,14 @@ from trl import SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..config import PrivilegedGKDConfig
+from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
 from ..model.adapters import STUDENT
-from ..model.student import build_student, checked_rows, find_tokenizer
+from ..model.frozen import FrozenCheck
+from ..model.student import build_student, find_tokenizer
 from ..run.console import show_log_lines
 from ..run.info import RunInfo
-from ..teacher import FrozenCheck
 from ..trl_compat import keep_adapter
 from .gap_callback import EvaluationMixin
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from transformers import BitsAndBytesConfig
 
-from ..errors import ConfigError, ModelError
-from ..model.load import QUANTIZATIONS, bnb_config, compute_dtype, first_line
+from ..config import QUANTIZATIONS, compute_dtype
+from ..errors import ConfigError, ModelError, first_line
+from ..model.load import bnb_config
 
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
 
 # Initialisations that change the base weights as well: the saved A and B mean nothing on the plain base.

@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from ..errors import ConfigError
-from ..model.load import DEMO_MODEL, cache_dir, first_line
+from ..errors import ConfigError, first_line
+from ..model.demo import DEMO_MODEL, cache_dir
 from .adapter import AdapterRun
 
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

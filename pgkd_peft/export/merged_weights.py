@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import ModelError
-from ..model.load import base_of, first_line
+from ..errors import ModelError, first_line
+from ..model.load import base_of
 from .adapter import ADAPTER_FILE, AdapterRun
 from .base_weights import BaseWeights, quantization_roundtrip
 

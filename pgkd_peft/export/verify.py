@@ -29,9 +29,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..data.collator import stop_ids
 from ..errors import DataError
-from ..model.load import base_of, dequantized_weight, guard_cpu_linear4bit, load_base
+from ..model.cpu import guard_cpu_linear4bit
+from ..model.frozen import FrozenCheck
+from ..model.load import base_of, dequantized_weight, load_base
 from ..rollout import generate
-from ..teacher import FrozenCheck
 from .adapter import AdapterRun
 
 # Used when a run kept no held-out prompts and none were given: everyday questions that no adapter was made for.

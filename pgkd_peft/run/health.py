@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from ..trainer import PrivilegedSelfDistillTrainer
+from transformers import Trainer, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +24,7 @@ class HealthCallback(TrainerCallback):
         alarms: kind of alarm -> its message, of this run so far.
     """
 
-    def __init__(self, trainer: PrivilegedSelfDistillTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.alarms: dict[str, str] = {}
         self.lengths: deque[float] = deque(maxlen=WINDOW)

@@ -14,18 +14,16 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import Trainer
 
 from .. import __version__
-from ..data.load import DataReport
+from ..data.check import DataReport
+from ..model.adapters import STUDENT
 from ..model.load import base_of
-from ..scoring import Row
-from ..teacher import STUDENT
-
-if TYPE_CHECKING:
-    from ..trainer import PrivilegedSelfDistillTrainer
+from ..rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", 
 class RunInfo:
     """Collects what ``run.json`` holds; written at the start, at every save and at the end of training."""
 
-    def __init__(self, trainer: PrivilegedSelfDistillTrainer, loaded: str, report: DataReport | None):
+    def __init__(self, trainer: Trainer, loaded: str, report: DataReport | None):
         self.trainer = trainer
         self.loaded = loaded
         self.report = report

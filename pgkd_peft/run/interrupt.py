@@ -8,13 +8,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from ..trainer import PrivilegedSelfDistillTrainer
+from transformers import Trainer, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class _StopCallback(TrainerCallback):
-    def __init__(self, trainer: PrivilegedSelfDistillTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.signum = 0
 
@@ -51,7 +48,7 @@ class _StopCallback(TrainerCallback):
 
 
 @contextlib.contextmanager
-def interruptible(trainer: PrivilegedSelfDistillTrainer) -> Iterator[None]:
+def interruptible(trainer: Trainer) -> Iterator[None]:
     """Inside, the first SIGTERM or SIGINT lets the step end and saves; a second one acts as it would without us.
 
     Raises:

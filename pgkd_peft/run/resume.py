@@ -10,17 +10,13 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from ..model.adapters import STUDENT
+from ..model.adapters import load_adapter
 from .checkpoint import (
-    ADAPTER_FILE,
     STATE_FILE,
     TEACHER_FILE,
     CheckpointError,
@@ -31,9 +27,6 @@ from .checkpoint import (
     rotate,
     write_manifest,
 )
-
-if TYPE_CHECKING:
-    from ..trainer import PrivilegedSelfDistillTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -95,31 +88,6 @@ def _readable(folder: str | None) -> Iterator[None]:
         ) from error
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load the student's adapter from safetensors, all of it.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or its tensors are not those of this adapter.
-    """
-    path = folder / ADAPTER_FILE
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    own = get_peft_model_state_dict(model, adapter_name=STUDENT, save_embedding_layers=False)
-    for name, tensor in own.items():
-        if name not in saved:
-            raise CheckpointError(
-                f"{path} does not fit this run's adapter: {name} is missing. Was target_modules changed?"
-            )
-        if saved[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path} does not fit this run's adapter: {name} is {tuple(saved[name].shape)}, expected is "
-                f"{tuple(tensor.shape)}. Use the rank and the base that it was trained with."
-            )
-    set_peft_model_state_dict(model, saved, adapter_name=STUDENT)
-
-
 def trim_log(path: Path, step: int) -> None:
     """Drop the lines of a JSON-lines log that are later than `step`: they will be written again."""
     if not path.is_file():
@@ -159,7 +127,7 @@ class CheckpointMixin:
         Raises:
             CheckpointError: it cannot be written; the previous one is intact.
         """
-        me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]
+        me: Trainer = self  # type: ignore[assignment]
         run_dir = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         name = f"checkpoint-{me.state.global_step}"
         staging = run_dir / f".saving-{name}"
@@ -191,7 +159,7 @@ class CheckpointMixin:
 
     def _save_more(self, folder: Path) -> None:
         """What Transformers does not know of: the teacher's adapter, and what was summed up since the last log."""
-        me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]
+        me: Trainer = self  # type: ignore[assignment]
         progress = {
             "loss": me._tr_loss.item(),
             "last_logged": me._globalstep_last_logged,
@@ -216,7 +184,7 @@ class CheckpointMixin:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]
+        me: Trainer = self  # type: ignore[assignment]
         folder = Path(resume_from_checkpoint)
         check_belongs(folder, me.run_info.collect())
         load_adapter(me.model, folder)
@@ -229,7 +197,7 @@ class CheckpointMixin:
 class _Continue(TrainerCallback):
     """Once, when a resumed run begins: take up the sums since the last log, and cut logs back to the checkpoint."""
 
-    def __init__(self, trainer: PrivilegedSelfDistillTrainer, folder: Path):
+    def __init__(self, trainer: Trainer, folder: Path):
         self.trainer = trainer
         self.folder = folder
 
@@ -249,5 +217,5 @@ class _Continue(TrainerCallback):
         trainer._sums["train"] = defaultdict(float, progress["sums"])
 
 
-def _progress_file(trainer: PrivilegedSelfDistillTrainer) -> str:
+def _progress_file(trainer: Trainer) -> str:
     return f"progress_{trainer.accelerator.process_index}.json"

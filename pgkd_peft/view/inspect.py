@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import PrivilegedGKDConfig
+from ..data.check import DataReport, has_markup, leaked, validate_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
-from ..data.load import DataReport, has_markup, leaked, validate_rows
 from ..data.tokens import Piece, pieces, visible
 from ..errors import ConfigError, DataError
 

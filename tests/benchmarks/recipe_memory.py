@@ -24,7 +24,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a byte a block of 64, a float a 256 blocks (QLoRA, section 3)
 ADAPTER_BYTES = 16  # float32 weight, gradient and Adam's two moments
-TEACHER_TOKENS = 16_384  # pgkd_peft.scoring.TOKEN_BUDGET
+TEACHER_TOKENS = 16_384  # pgkd_peft.rows.TOKEN_BUDGET
 
 
 @dataclass(frozen=True)

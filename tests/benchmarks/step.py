@@ -6,9 +6,9 @@
 
 Same work: the same prompts, PI where the trainer knows PI (GKDTrainer and DistillationTrainer do not, so they do less),
 exactly `--new-tokens` sampled tokens a row, LoRA r=16 on all linear layers, the same base dtype and quantization (the
-guard of pgkd_peft.model.load for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to the end
-of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated). `floor` is no
-trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase. One JSON line a run is
+guard of pgkd_peft.model.cpu for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to
+the end of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated).
+`floor` is no trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase. One JSON line a run is
 appended to tests/benchmarks/results/step.jsonl.
 """
 
@@ -217,7 +217,7 @@ def environment_of(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_path(name: str) -> str:
-    from pgkd_peft.model.load import cache_dir, demo_model_path
+    from pgkd_peft.model.demo import cache_dir, demo_model_path
 
     demo = demo_model_path()
     if name == "smollm2-135m":

@@ -1,0 +1,102 @@
+"""Row: one conversation on its way through an optimizer step; and rows packed into a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Tokens of one scoring sub-batch without gradient.
+TOKEN_BUDGET = 16_384
+
+
+@dataclass
+class Row:
+    """One conversation on its way through an optimizer step; token ids, unpadded."""
+
+    prompt: list[int]
+    teacher_prompt: list[int]
+    completion: list[int]
+    has_privileged: bool
+    privileged_tokens_cut: int
+    generated: bool = False  # written in this step, not taken from the data
+    truncated: bool = False  # ran into max_new_tokens without a stop token
+    keep: slice = field(default_factory=lambda: slice(0, None))  # completion tokens that count in the loss
+    teacher_hidden: torch.Tensor | None = None  # (kept tokens, D)
+
+    @property
+    def kept(self) -> list[int]:
+        """The completion tokens that count in the loss."""
+        return self.completion[self.keep]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
+    """The rows of a collator batch, without their padding (by the masks, never by the pad id)."""
+
+    def unpad(ids: str, mask: str) -> list[list[int]]:
+        return [row[keep.bool()].tolist() for row, keep in zip(batch[ids].cpu(), batch[mask].cpu())]
+
+    count = len(batch["prompts"])
+    return [
+        Row(prompt, teacher_prompt, completion, bool(has), int(cut))
+        for prompt, teacher_prompt, completion, has, cut in zip(
+            unpad("prompts", "prompt_attention_mask"),
+            unpad("teacher_prompts", "teacher_prompt_attention_mask"),
+            unpad("completions", "completion_mask"),
+            batch.get("has_privileged", torch.zeros(count)),
+            batch.get("privileged_tokens_cut", torch.zeros(count)),
+        )
+    ]
+
+
+def pack(
+    prompts: Sequence[list[int]], rows: Sequence[Row], pad_id: int, device: torch.device, *, flat: bool = False
+) -> dict[str, torch.Tensor]:
+    """Prompt + completion of each row, right-padded, with explicit positions; or, `flat`, one after the other.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``position_ids`` (B, T) and ``hidden_mask`` (B, T), true at the positions
+        whose hidden state predicts a kept completion token. Flat: (1, sum of T), positions from 0 in every row, and no
+        ``attention_mask``. The kept positions stand in the same order in both.
+    """
+    if flat:
+        parts = [pack([prompt], [row], pad_id, device) for prompt, row in zip(prompts, rows)]
+        names = ("input_ids", "position_ids", "hidden_mask")
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in names}
+    longest = max(len(p) + len(r.completion) for p, r in zip(prompts, rows))
+    ids = torch.full((len(rows), longest), pad_id)  # (B, T)
+    mask = torch.zeros_like(ids)
+    hidden_mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, row) in enumerate(zip(prompts, rows)):
+        length = len(prompt) + len(row.completion)
+        ids[i, :length] = torch.tensor(prompt + row.completion)
+        mask[i, :length] = 1
+        first, last, _ = row.keep.indices(len(row.completion))
+        # token t of the completion is predicted one position earlier, at P - 1 + t
+        hidden_mask[i, len(prompt) - 1 + first : len(prompt) - 1 + max(first, last)] = True
+    positions = torch.arange(longest).expand(len(rows), -1)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "hidden_mask": hidden_mask}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def hand_out(rows: Sequence[Row], hidden: torch.Tensor) -> None:
+    """Give each row its part of the stacked hidden states (N, D)."""
+    for row, part in zip(rows, hidden.split([len(r.kept) for r in rows])):
+        row.teacher_hidden = part
+
+
+def by_length(rows: Sequence[Row], length: Any, token_budget: int) -> list[list[Row]]:
+    """Sort by length and cut into batches of at most `token_budget` padded tokens (one row at least)."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=length):
+        if batches and (len(batches[-1]) + 1) * length(row) <= token_budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
