@@ -8,7 +8,8 @@ Same work: the same prompts, PI where the trainer knows PI (GKDTrainer and Disti
 exactly `--new-tokens` sampled tokens a row, LoRA r=16 on all linear layers, the same base dtype and quantization (the
 guard of pgkd_peft.model.cpu for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to
 the end of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated).
-`floor` is no trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase. One JSON line a run is
+`floor` is no trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase. One JSON
+line a run is
 appended to tests/benchmarks/results/step.jsonl.
 """
 
