@@ -356,6 +356,7 @@ def parse_train(
     parser = Parser(TRAIN_ARGUMENTS, prog, description)
     data, model, config = parser.parse(argv)
     data.told = parser.told
+    config.given = parser.told
     missing = []
     if not model.model_name_or_path:
         missing.append("a model: --model_name_or_path PATH_OR_HUB_ID")

@@ -88,6 +88,7 @@ class RunInfo:
             "holdout_prompts": HOLDOUT_FILE if (Path(str(args.output_dir)) / HOLDOUT_FILE).is_file() else None,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": args.seed,
+            "automatic": {name: {"value": value, "reason": why} for name, (value, why) in args.automatic.items()},
             "config": {key: settings[key] for key in sorted(settings) if "token" not in key or key.endswith("tokens")},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": device_name(),
