@@ -14,7 +14,7 @@ import yaml
 from tiny import ROWS, TINY_RUN, save_tiny
 
 import pgkd_peft
-from pgkd_peft.cli import main as cli
+from pgkd_peft import cli
 from pgkd_peft.cli.arguments import Parser, lora_config, parse_train
 from pgkd_peft.cli.eval import EvalArguments
 from pgkd_peft.cli.recipes import purpose, recipes

@@ -157,7 +157,7 @@ def test_sft_learns_the_answer_and_nothing_else(llama_path, make_config):
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in ROWS:
-            encoded = trainer.context_collator.encode(row)
+            encoded = trainer.contexts.encode(row)
             prompt, answer = encoded["student_ids"], encoded["completion_ids"]
             logits = trainer.model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
             for t, token in enumerate(answer):
