@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
+from .automatic import choose_placement, settle_privileged_length, settle_training, start_block
 from .base_trainer import RunTrainer
 from .config import PrivilegedGKDConfig
 from .data.check import DataReport, checked_rows
@@ -36,7 +37,7 @@ from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError
 from .model.head import Head
 from .model.load import base_of
-from .model.student import build_student, find_tokenizer
+from .model.student import build_student, context_length, find_tokenizer, hidden_size
 from .rollout import generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .rows import Row, pack, rows_of
@@ -302,7 +303,10 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
         tokenizer = find_tokenizer(model, processing_class, args)
-        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args)
+        context = context_length(model, args)
+        many = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        settle_privileged_length(args, tokenizer, [train_dataset, *many], context)
+        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
         train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {key: checked_rows(rows, collator, args, key)[0] for key, rows in eval_dataset.items()}
@@ -321,6 +325,14 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
         self.head = Head(student)
         self.teacher_head = Head(separate if separate is not None else student, teacher=teacher.which)
+        if (
+            data_collator is None
+            and report is not None
+            and choose_placement(args, tokenizer, train_dataset, teacher, self.teacher_head)
+        ):
+            collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
+            train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
+        settle_training(args, hidden_size(student), report.rows if report else None)
 
         # TRL's trainers around them, without what they would change.
         with keep_adapter(student, args), without_migration_advice("trl.experimental.gkd.gkd_trainer"):
@@ -363,7 +375,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             self.add_callback(RolloutLogCallback(self))
         note = collator.builder.placement_note if isinstance(collator, DataCollatorForPrivilegedGKD) else None
         summary = report.summary() if report else "the rows are checked one by one when their turn comes"
-        for line in (loaded, summary, note, args.divergence_in_words()):
+        for line in (loaded, summary, note, start_block(args.automatic), args.divergence_in_words()):
             if line:
                 self.say(line)
         if self.teacher.separate is None and args.teacher_adapter == "disabled":

@@ -332,7 +332,7 @@ def test_stop_ids_are_the_union(make_trainer):
 
 def test_privileged_text_over_budget_is_cut_and_counted(make_trainer):
     rows = [{**ROWS[0], "privileged_messages": [{"role": "user", "content": "x" * 300}]}]
-    trainer = make_trainer(rows=rows, config={"max_privileged_length": 40, "lmbda": 0.0})
+    trainer = make_trainer(rows=rows, config={"max_privileged_length": 40, "allow_privileged_cut": True, "lmbda": 0.0})
     batch = trainer.data_collator(rows)
     assert int(batch["privileged_tokens_cut"].sum()) == 260
     assert ROWS[0]["messages"][0]["content"] in trainer.processing_class.decode(batch["teacher_prompts"][0])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PrivilegedGKDConfig
-from ..data.named import load_named, split_of
+from ..data.holdout import hold_out, write_rows, write_trained
+from ..data.named import load_named, own_held_out, split_of
+from ..errors import DataError
 from ..run.checkpoint import check_run_folder
+from ..run.info import RUN_FILE
+from ..run.jsonl import read_json
 from .arguments import (
     DataArguments,
     ModelArguments,
@@ -17,6 +21,7 @@ from .arguments import (
     parse_train,
     quantization_config,
 )
+from .judge import judge
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.yaml"
 HOLDOUT_ROWS = 64
+ROLLOUT_LOG_STEPS = 25
 NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
 
 DESCRIPTION = """Train a LoRA adapter on one base model, so that it answers without privileged information (PI) as the
@@ -33,24 +39,38 @@ base answers with it. Any option can stand in a YAML recipe (--config), and over
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; the adapter, its model card and the logs are in `output_dir` afterwards."""
+    """Train, and judge on the held-out rows; adapter, model card, results and logs are in `output_dir` afterwards."""
     data, model, config = parse_train(argv, description=DESCRIPTION)
-    trainer = train(data, model, config)
-    if trainer.is_world_process_zero():
-        folder = config.output_dir
-        print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
-        if data.control is not None:
-            run = Path(str(folder)).parent.parent
-            print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
-        else:
-            print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {folder}-merged")
+    trainer, held_out = run_training(data, model, config)
+    if not trainer.is_world_process_zero():
+        return 0
+    folder = str(config.output_dir)
+    best = trainer.state.best_model_checkpoint
+    if config.load_best_model_at_end and best is not None:
+        print(f"\nBest checkpoint: {Path(best).name}, {config.metric_for_best_model} {trainer.state.best_metric:.4g}")
+    if held_out is not None and data.control is None:
+        judge(trainer, held_out, data)
+    print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
+    if data.control is not None:
+        run = shlex.quote(str(Path(folder).parent.parent))
+        print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
+    else:
+        print(f"Next: pgkd eval {shlex.quote(folder)}")
+        print(f"      pgkd merge {shlex.quote(folder)} --out {shlex.quote(folder.rstrip('/') + '-merged')}")
     return 0
 
 
 def train(
     data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
 ) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
-    """Load the data, train, save: the run itself, or the control of it that `data` names.
+    """:func:`run_training` without the held-out rows."""
+    return run_training(data, model, config, callbacks)[0]
+
+
+def run_training(
+    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
+) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
+    """Load the data, train, save: the run itself, or the control of it that `data` names; and its held-out rows.
 
     Raises:
         PGKDError: a mistake in the arguments or the data, found before the model is loaded.
@@ -64,19 +84,25 @@ def train(
     checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
     checkpoint = checkpoint or config.resume_from_checkpoint
     train_dataset, held_out = load_datasets(data, config)
+    if checkpoint:
+        choose_as_before(config, Path(config.output_dir))
+    if config.is_open("rollout_log_steps"):
+        config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
-    from ..run.info import HOLDOUT_FILE
+    from ..run.info import HOLDOUT_FILE, TRAINED_FILE
     from ..view.progress import Watch
     from ..view.terminal import MetricsFileCallback, install
 
     callbacks = [*(callbacks or []), *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
-    trainer.run_info.control = data.control
+    trainer.run_info.control, trainer.run_info.held_out = data.control, data.held_out
     trainer.add_callback(MetricsFileCallback())
     view = install(trainer)
     if trainer.is_world_process_zero():
-        write_recipe(Path(config.output_dir) / RECIPE_FILE, data.told)
-        write_holdout(Path(config.output_dir) / HOLDOUT_FILE, held_out)
+        folder = Path(config.output_dir)
+        write_recipe(folder / RECIPE_FILE, data.told)
+        write_holdout(folder / HOLDOUT_FILE, held_out)
+        write_trained(folder / TRAINED_FILE, train_dataset, config.privileged_key)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -88,7 +114,15 @@ def train(
         mark_card(Path(config.output_dir) / "README.md", data.control)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
-    return trainer
+    return trainer, held_out
+
+
+def choose_as_before(config: PrivilegedGKDConfig, folder: Path) -> None:
+    """A run that goes on keeps what was chosen for it when it began."""
+    for name, choice in read_json(folder / RUN_FILE).get("automatic", {}).items():
+        if name in PrivilegedGKDConfig.__dataclass_fields__ and config.is_open(name):
+            config.choose(name, choice["value"], choice["reason"])
+            config.given = config.given | {name}
 
 
 def make_trainer(
@@ -149,8 +183,10 @@ def evaluation_callbacks(data: DataArguments, config: PrivilegedGKDConfig, held_
 
 
 def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on (of a control: as it has them), and the held-out rows, where the arguments name them or
-    ``eval_strategy`` asks for them.
+    """The rows to train on (of a control: as it has them), and the rows to judge on; None where there are none.
+
+    Held out are the rows that the arguments name, else those that the data set brings with it, else some that are
+    split off before training; where they come from is noted in `data.held_out`.
 
     Raises:
         DataError: the data cannot be read or mapped.
@@ -167,28 +203,47 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
         )
 
     train_dataset = load(data.dataset_name, data.dataset_train_split)
+    if data.eval_dataset_name is not None:
+        name, split = data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split)
+        held_out: Dataset | None = load(name, split)
+        data.held_out = {"dataset_name": name, "split": split}
+    else:
+        train_dataset, held_out = _own_or_split_off(data, config, train_dataset, load)
+    if held_out is not None and data.eval_limit is not None:
+        held_out = held_out.select(range(min(data.eval_limit, len(held_out))))
     if data.control is not None:
         from ..evaluation.controls import control_rows
 
         train_dataset = control_rows(data.control, train_dataset, config)
-    if data.eval_dataset_name is not None:
-        held_out = load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
-    elif config.eval_strategy != "no":
-        held_out = load(data.dataset_name, data.dataset_test_split)
-    else:
-        return train_dataset, None
-    if data.eval_limit is not None:
-        held_out = held_out.select(range(min(data.eval_limit, len(held_out))))
     return train_dataset, held_out
 
 
+def _own_or_split_off(
+    data: DataArguments, config: PrivilegedGKDConfig, rows: Dataset, load: Callable[[str, str], Dataset]
+) -> tuple[Dataset, Dataset | None]:
+    """The held-out rows that the data set brings, or some of `rows`; and the rows that are left to train on."""
+    assert data.dataset_name is not None
+    if (own := own_held_out(data.dataset_name, data.dataset_test_split)) and data.holdout_rows is None:
+        try:
+            held_out = load(*own)
+        except DataError:
+            if "dataset_test_split" in data.told and config.eval_strategy != "no":
+                raise
+        else:
+            data.held_out = {"dataset_name": own[0], "split": own[1]}
+            config.automatic["held-out rows"] = (len(held_out), f"those of {own[0]}, split {own[1]}")
+            return rows, held_out
+    split = hold_out(rows, config.privileged_key, group_key=data.group_key, count=data.holdout_rows, seed=config.seed)
+    count = len(split.held_out) if split.held_out is not None else 0
+    data.held_out = {"holdout_rows": count}
+    config.automatic["held-out rows"] = (count, split.reason)
+    return split.train, split.held_out
+
+
 def write_holdout(path: Path, held_out: Dataset | None) -> None:
-    """The first held-out rows' conversations, on which a merge of this run is measured."""
-    if held_out is None or "messages" not in held_out.column_names:
-        return
-    rows = held_out.select(range(min(len(held_out), HOLDOUT_ROWS)))["messages"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    """The rows to judge on, of a large set the first; a merge of this run is measured on their conversations."""
+    if held_out is not None and "messages" in held_out.column_names:
+        write_rows(path, held_out.select(range(min(len(held_out), HOLDOUT_ROWS))))
 
 
 def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
