@@ -51,7 +51,7 @@ from .run.interrupt import interruptible
 from .run.memory import memory_for
 from .run.meters import means_of
 from .run.resume import CheckpointMixin
-from .scoring import add_hidden_states_forward, score_teacher, without_padding
+from .scoring import add_hidden_states_forward, score_teacher, reads_packed_rows
 from .teacher import (
     AverageCallback,
     Teacher,
@@ -308,7 +308,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         if not rows:
             return {"rows": rows}
         batch: dict[str, Any] = pack(
-            [row.prompt for row in rows], rows, self.pad_id, self.args.device, flat=without_padding(self.model)
+            [row.prompt for row in rows], rows, self.pad_id, self.args.device, flat=reads_packed_rows(self.model)
         )
         batch["rows"] = rows
         return batch
