@@ -8,18 +8,26 @@ another budget, computes what it would have computed.
 
 from __future__ import annotations
 
+import math
+import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
+from .config import PrivilegedGKDConfig
+from .data.check import DataReport
 from .model.caches import Layers, bytes_of_one, cut, put_together, read_on, why_not_shared
+from .model.load import base_of
 from .rows import Row
+from .teacher import Teacher
 
-SHORTEST = 16  # tokens; a shorter beginning is read with its row faster than it is copied
+SHORTEST = 32  # tokens; a shorter beginning is read with its row faster than it is copied
 GIB = 2**30
 
 
@@ -68,6 +76,8 @@ class Prefixes:
         self.tokens = 0
         for i, prompt in enumerate(prompts):
             times = visits if isinstance(visits, int) else visits[i]
+            if not times:
+                continue
             key = array("i", prompt[:-1]).tobytes()  # the last token predicts the first of the completion
             counts[key] = counts.get(key, 0) + times
             self.tokens += times * len(prompt)
@@ -151,6 +161,7 @@ class TeacherMemory(Prefixes):
         epochs: how often the run comes to a row.
         copies: rollouts of a row that are read each time (``num_generations``); 0: none (``lmbda`` = 0).
         answers: the data's own completions where they are read too (``lmbda`` < 1), else None.
+        whole: True for rows that are read whole each time, for they have no PI.
     """
 
     def __init__(
@@ -160,6 +171,7 @@ class TeacherMemory(Prefixes):
         *,
         copies: int = 1,
         answers: Sequence[Sequence[int]] | None = None,
+        whole: Sequence[bool] | None = None,
     ):
         # (prompt, answer) -> (tokens of the prompt, of the answer), of the answers that are read once
         self._answers: dict[tuple[bytes, bytes], tuple[int, int]] = {}
@@ -169,10 +181,12 @@ class TeacherMemory(Prefixes):
         self._worth_keeping: set[Prefix] = set()
         self._hidden: dict[tuple[bytes, bytes], tuple[slice, torch.Tensor]] = {}
         self._read_again = 0 if copies else epochs - 1  # times that only an answer would make the teacher read
-        visits = [
-            1 if not copies and answers is not None and _key(p, answers[i]) in self._answers else epochs * max(1, copies)
-            for i, p in enumerate(prompts)
-        ]
+        visits = [epochs * max(1, copies)] * len(prompts)
+        for i, prompt in enumerate(prompts):
+            if whole is not None and whole[i]:
+                visits[i] = 0
+            elif not copies and answers is not None and _key(prompt, answers[i]) in self._answers:
+                visits[i] = 1
         super().__init__(prompts, visits)
         self.tokens = epochs * max(1, copies) * sum(len(prompt) for prompt in prompts)
         self.budget_gib = 0.0
@@ -219,8 +233,8 @@ class TeacherMemory(Prefixes):
         held = f"{self.budget_gib - left_gib:.2f} GiB of teacher_cache_gib={self.budget_gib:.2f}"
         if len(self._worth_keeping) < len(self.nodes) or len(self._answers_kept) < len(self._answers):
             return (
-                f"{words}; {held} hold {len(self._worth_keeping):,} of {len(self.nodes):,} beginnings, with more memory "
-                f"it would be {best:.0%}"
+                f"{words}; {held} hold {len(self._worth_keeping):,} of {len(self.nodes):,} beginnings, "
+                f"with more it would be {best:.0%}"
             )
         return f"{words}; {held}"
 
@@ -235,7 +249,9 @@ class TeacherMemory(Prefixes):
 
     def recall(self, row: Row, device: torch.device) -> bool:
         """Give a row the hidden states that were kept for its answer; False if there are none."""
-        found = None if row.generated or not self._hidden else self._hidden.get(_key(row.teacher_prompt, row.completion))
+        found = (
+            None if row.generated or not self._hidden else self._hidden.get(_key(row.teacher_prompt, row.completion))
+        )
         if found is None or found[0] != row.keep:
             return False
         row.teacher_hidden = found[1].to(device)
@@ -257,11 +273,35 @@ def _key(prompt: Sequence[int], completion: Sequence[int]) -> tuple[bytes, bytes
     return array("i", prompt).tobytes(), array("i", completion).tobytes()
 
 
-def default_budget_gib(processes: int = 1) -> float:
-    """A quarter of the host memory that is free, shared by the processes of this machine; in GiB."""
-    import psutil
+def plan_teacher(
+    teacher: Teacher, report: DataReport | None, args: PrivilegedGKDConfig, processes: int = 1
+) -> tuple[TeacherMemory | None, str]:
+    """The memory of a run's teacher and a line about it; None where the teacher changes, or the rows are not known
+    before they come: beginnings are then shared within a step alone.
 
-    return psutil.virtual_memory().available / 4 / processes / GIB
+    Args:
+        processes: of the run.
+    """
+    if not teacher.fixed or report is None:
+        return None, ""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps * rows / max(1, report.rows)
+    reads_answers = args.lmbda < 1.0 and not args.seq_kd
+    memory = TeacherMemory(
+        report.teacher_prompts,
+        math.ceil(epochs),
+        copies=0 if args.lmbda == 0.0 and reads_answers else args.num_generations,
+        answers=report.answers if reads_answers else None,
+        whole=[tokens == 0 for tokens in report.privileged_tokens],
+    )
+    model: Any = teacher.separate if teacher.separate is not None else teacher.model
+    budget, note = args.teacher_cache_gib, ""
+    if budget is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        budget, note = psutil.virtual_memory().available / 4 / local / GIB, ", a quarter of the free host memory"
+    with teacher.weights() as weights:
+        line = memory.keep_within(budget, weights, base_of(model).config.get_text_config().hidden_size)
+    return memory, line + note
 
 
 def share_read_once(prompts: Sequence[Sequence[int]]) -> float:

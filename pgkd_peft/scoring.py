@@ -75,6 +75,7 @@ def score_teacher(
                 _score_whole(model, [row], pad_id, device)
             else:
                 _score_after(model, [(node, row)], memory, pad_id, device)
+                memory.forget(needed=[node.parent] if node.parent else [])
             memory.remember(row)
         else:
             (whole if row.teacher_prompt == row.prompt else shared).append(row)
@@ -105,16 +106,17 @@ def _score_planned(
     planned = [(node, row) for node, row in zip(nodes, rows) if node is not None]
     planned.sort(key=lambda pair: (pair[0].end, pair[0].order, len(pair[1].teacher_prompt) + len(pair[1].completion)))
     batches: list[list[tuple[Prefix, Row]]] = []
+    longest = 0  # new tokens of a row in the last batch
     for node, row in planned:
         new = len(row.teacher_prompt) + len(row.completion) - node.end
-        count = len(batches[-1]) + 1 if batches else 0
-        longest = max((len(r.teacher_prompt) + len(r.completion) - n.end for n, r in batches[-1]), default=0) if batches else 0
-        longest = max(longest, new)
+        count, most = len(batches[-1]) + 1 if batches else 0, max(longest, new)
         # the prefixes are held once, and a layer at a time as often as there are rows
-        if batches and count * longest <= token_budget and count * (node.end + longest) <= 4 * token_budget:
+        if batches and count * most <= token_budget and count * (node.end + most) <= 4 * token_budget:
             batches[-1].append((node, row))
+            longest = most
         else:
             batches.append([(node, row)])
+            longest = new
     for i, batch in enumerate(batches):
         _score_after(model, batch, plan, pad_id, device)
         plan.forget(needed={node for later in batches[i + 1 :] for node, _ in later})
@@ -131,6 +133,7 @@ def _score_after(
         [plan.read(model, node) for node in order],
         [node.end for node in order],
         [order.index(node) for node, _ in batch],
+        device,
     )
     packed = pack([row.teacher_prompt[end:] for row, end in zip(rows, ends)], rows, pad_id, device)
     packed["position_ids"] = packed["position_ids"] + torch.tensor(ends, device=device)[:, None]

@@ -40,6 +40,7 @@ from .model.frozen import FrozenCheck, ProbeCallback
 from .model.head import Head
 from .model.load import base_of
 from .model.student import build_student, find_tokenizer
+from .prefix import plan_teacher
 from .rollout import generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .rows import Row, pack, rows_of
@@ -51,7 +52,7 @@ from .run.interrupt import interruptible
 from .run.memory import memory_for
 from .run.meters import means_of
 from .run.resume import CheckpointMixin
-from .scoring import add_hidden_states_forward, score_teacher, reads_packed_rows
+from .scoring import add_hidden_states_forward, reads_packed_rows, score_teacher
 from .teacher import (
     AverageCallback,
     Teacher,
@@ -186,6 +187,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         # 4. What a step needs.
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
         self.pad_id = tokenizer.pad_token_id
+        self.memory, remembered = plan_teacher(self.teacher, report, args, self.accelerator.num_processes)
         self.frozen = FrozenCheck(student, self.teacher)
         self.run_info = RunInfo(self, loaded, report)
         self._engine: RolloutEngine | None = None
@@ -201,7 +203,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
 
         note = collator.builder.placement_note if isinstance(collator, DataCollatorForPrivilegedGKD) else None
         summary = report.summary() if report else "the rows are checked one by one when their turn comes"
-        for line in (loaded, summary, note, args.divergence_in_words()):
+        for line in (loaded, summary, note, args.divergence_in_words(), remembered):
             if line:
                 self.say(line)
         if separate is None and args.teacher_adapter == "disabled":
@@ -244,7 +246,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
             row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
         written = time.perf_counter()
         with memory_for("teacher"), self.teacher.weights() as teacher:
-            score_teacher(teacher, rows, self.pad_id)
+            score_teacher(teacher, rows, self.pad_id, memory=self.memory)
         self.last_rows = rows
 
         sums["seconds_rollout"] += written - start
@@ -273,6 +275,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
                 pad_id=self.pad_id,
                 temperature=args.temperature,
                 generator=window_generator(args.seed, self.state.global_step, 1 + self.accelerator.process_index),
+                memory=self.memory if teacher_writes else None,
             )
         stops = set(self.stop_ids)
         return [

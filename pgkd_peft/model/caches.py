@@ -10,6 +10,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,31 +76,44 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
         layer.reorder_cache(rows)
 
 
-def mapped(layer: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
-    """A copy of a layer whose tensors with a row dimension are `change(name, tensor)`; the layer itself stays."""
+@dataclass(frozen=True)
+class Get:
+    """A tensor's place in a layer: keys or values, or one of its states."""
+
+    name: str
+    state: int | None = None
+
+    def __call__(self, layer: Any) -> Tensor:
+        held = getattr(layer, self.name)
+        return held if self.state is None else held[self.state]
+
+
+def mapped(layer: Any, change: Callable[[Get, Tensor], Tensor]) -> Any:
+    """A copy of a layer whose tensors are `change(place, tensor)`; the layer itself stays."""
     new = copy.copy(layer)
     for name, value in vars(layer).items():
-        if isinstance(value, Tensor) and value.dim() > 1:
-            setattr(new, name, change(name, value))
+        if name in ("keys", "values") and value is not None:
+            setattr(new, name, change(Get(name), value))
         elif isinstance(value, dict):
-            entries = {k: change(name, v) if isinstance(v, Tensor) else v for k, v in value.items()}
-            setattr(new, name, entries)
+            states = {k: change(Get(name, k), v) if isinstance(v, Tensor) else v for k, v in value.items()}
+            setattr(new, name, states)
     return new
 
 
 def copied(layers: Layers) -> Layers:
     """Layers that can be read on from while the given ones stay; states are changed in place, the rest is not."""
-    return [mapped(layer, lambda name, t: t if name in ("keys", "values") else t.clone()) for layer in layers]
+    return [mapped(layer, lambda get, t: t.clone() if get.state is not None else t) for layer in layers]
 
 
 def cut(layers: Layers, start: int, device: torch.device | str) -> Layers:
     """What is worth keeping of one row that has been read: of plain layers the positions from `start` on alone."""
 
-    def part(layer: Any) -> Callable[[str, Tensor], Tensor]:
-        plain = is_plain(layer)
-        return lambda name, t: _own(t[..., start:, :] if plain else t, device)
+    def part(layer: Any) -> Any:
+        if is_plain(layer):
+            return mapped(layer, lambda get, t: _own(t[..., start:, :], device))
+        return mapped(layer, lambda get, t: _own(t, device))
 
-    return [mapped(layer, part(layer)) for layer in layers]
+    return [part(layer) for layer in layers]
 
 
 def _own(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -114,8 +128,8 @@ def put_together(parts: Sequence[Layers], device: torch.device) -> Layers:
     def whole(index: int) -> Any:
         last = parts[-1][index]
         if not is_plain(last) or len(parts) == 1:
-            return mapped(last, lambda name, t: t.to(device))
-        return mapped(last, lambda name, t: torch.cat([getattr(p[index], name).to(device) for p in parts], dim=-2))
+            return mapped(last, lambda get, t: t.to(device))
+        return mapped(last, lambda get, t: torch.cat([get(part[index]).to(device) for part in parts], dim=-2))
 
     return [whole(index) for index in range(len(parts[-1]))]
 
@@ -124,7 +138,7 @@ def bytes_of(layers: Layers) -> int:
     """Memory of the tensors."""
     total = 0
 
-    def count(name: str, tensor: Tensor) -> Tensor:
+    def count(get: Get, tensor: Tensor) -> Tensor:
         nonlocal total
         total += tensor.numel() * tensor.element_size()
         return tensor
@@ -171,7 +185,7 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     return nn.functional.pad(tensor, (0, 0, length - tensor.shape[-2], 0))
 
 
-def joined(parts: Sequence[Layers], lengths: Sequence[int], length: int) -> Cache:
+def joined(parts: Sequence[Layers], length: int) -> Cache:
     """One cache of several, the rows of one after those of the other, padded on the left to `length` positions."""
     layers = []
     for index in range(len(parts[0])):
@@ -181,27 +195,21 @@ def joined(parts: Sequence[Layers], lengths: Sequence[int], length: int) -> Cach
         if isinstance(first, DynamicSlidingWindowLayer):  # holds the last window alone
             span = min(length, first.sliding_window - 1)
 
-        def join(name: str, tensor: Tensor, column: Sequence[Any] = column, span: int = span) -> Tensor:
-            return torch.cat([_padded(getattr(layer, name), span) for layer in column])
+        def join(get: Get, tensor: Tensor, column: Sequence[Any] = column, span: int = span) -> Tensor:
+            rows = [get(layer) for layer in column]
+            return torch.cat(rows if get.state else [_padded(t, span) for t in rows])
 
-        new = mapped(first, lambda name, t, join=join: join(name, t) if name in ("keys", "values") else t)
-        for name in ("conv_states", "recurrent_states"):
-            states = getattr(first, name, None)
-            if states is not None:
-                stacked = {k: None if v is None else torch.cat([getattr(p, name)[k] for p in column]) for k, v in
-                           states.items()}
-                setattr(new, name, stacked)
+        new = mapped(first, join)
         if isinstance(new, DynamicSlidingWindowLayer):
             new.cumulative_length = length
         layers.append(new)
     return Cache(layers=layers)
 
 
-def for_rows(parts: Sequence[Layers], lengths: Sequence[int], rows: Sequence[int]) -> Cache:
+def for_rows(parts: Sequence[Layers], lengths: Sequence[int], rows: Sequence[int], device: torch.device) -> Cache:
     """A cache for one forward of rows that go on from prefixes: row r from the one-row layers ``parts[rows[r]]``."""
     length = max(lengths)
-    cache = joined([[_nothing(layer) if is_plain(layer) else layer for layer in part] for part in parts], lengths, length)
-    device = _device(parts[0])
+    cache = joined([[_nothing(layer) if is_plain(layer) else layer for layer in part] for part in parts], length)
     select_rows(cache, torch.tensor(rows, device=device))
     for index, layer in enumerate(parts[0]):
         if is_plain(layer) and layer.keys is not None:
@@ -215,15 +223,6 @@ def _nothing(layer: Any) -> Any:
     empty.keys = empty.values = None
     empty.is_initialized = False
     return empty
-
-
-def _device(layers: Layers) -> torch.device:
-    for layer in layers:
-        for value in (getattr(layer, "keys", None), *getattr(layer, "conv_states", {}).values(),
-                      *getattr(layer, "recurrent_states", {}).values()):
-            if isinstance(value, Tensor):
-                return value.device
-    return torch.device("cpu")
 
 
 def bytes_of_one(model: nn.Module) -> tuple[int, int]:
@@ -290,7 +289,7 @@ def _probe_fails(model: nn.Module) -> str | None:
     try:
         model.eval()
         expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, before:].float()
-        cache = for_rows([read_on(model, None, ids[:before], 0)], [before], [0, 0])
+        cache = for_rows([read_on(model, None, ids[:before], 0)], [before], [0, 0], device)
         rest = torch.tensor([ids[before:]] * 2, device=device)
         mask = torch.ones(2, before + after, dtype=torch.long, device=device)
         mask[1, -1] = 0  # the second row is one token shorter
