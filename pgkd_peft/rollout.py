@@ -16,8 +16,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .errors import ModelError
 from .model.adapters import eval_mode
-from .model.caches import is_plain, joined, new_cache, select_rows, why_not_shared
+from .model.caches import cache_argument, is_plain, joined, new_cache, select_rows, why_not_shared
+from .model.load import base_of
 from .prefix import Prefix, Prefixes, TeacherMemory
 from .run.memory import is_out_of_memory
 
@@ -161,9 +163,9 @@ def _decode(
             input_ids=token[:, None],
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): cache},
         )
         logits, position = out.logits[:, -1], position + 1
     return completions
@@ -225,6 +227,11 @@ def _read_together(
     mask = torch.tensor([[1] * start + [0] * (longest - len(r)) + [1] * len(r) for r in rests], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
     cache = new_cache(model)
+    if cache is None:
+        raise ModelError(
+            f"{base_of(model).config.model_type} keeps what it has read in itself and not in a cache that rows can "
+            "leave, so it cannot write rollouts. Take another model, or answers of the data's own (lmbda=0)."
+        )
     if node is not None:
         cache = joined([plan.read(model, node)], start)
         select_rows(cache, torch.zeros(len(rests), dtype=torch.long, device=device))
@@ -232,11 +239,11 @@ def _read_together(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=torch.tensor([longest - 1], device=device),  # an index copies; a slice of all rows is not dense
+        **{cache_argument(model): cache},
     )
-    return out.logits[:, -1], positions[:, -1:] + 1, mask, out.past_key_values
+    return out.logits[:, -1], positions[:, -1:] + 1, mask, cache
 
 
 def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:

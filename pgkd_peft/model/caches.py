@@ -40,15 +40,24 @@ KNOWN = (
 )
 # Models that do not go on from a state when they are given more than one token.
 NOT_CONTINUED = ("mamba", "mamba2", "falcon_mamba", "jamba")
+# Models that keep states in their modules, where rows cannot leave.
+OWN_STATES = ("recurrent_gemma",)
 PROBE = (24, 8)  # tokens that the probe of `why_not_shared` reads before and after the cut
 
 Layers = list[Any]  # one a layer of the model, of the cache's own classes
 _reasons: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
+def cache_argument(model: nn.Module) -> str | None:
+    """What the model's forward calls its cache; None if it takes none."""
+    accepted = inspect.signature(type(base_of(model)).forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
+
+
 def new_cache(model: nn.Module) -> Cache | None:
-    """An empty cache of the kinds that the model's layers need; None where the model makes one of its own kind."""
-    if "past_key_values" not in inspect.signature(type(base_of(model)).forward).parameters:
+    """An empty cache of the kinds that the model's layers need; None where the model keeps what it reads in itself,
+    or in another kind of cache."""
+    if cache_argument(model) is None or base_of(model).config.model_type in OWN_STATES:
         return None
     try:
         return DynamicCache(config=base_of(model).config.get_text_config())
@@ -197,7 +206,7 @@ def joined(parts: Sequence[Layers], length: int) -> Cache:
 
         def join(get: Get, tensor: Tensor, column: Sequence[Any] = column, span: int = span) -> Tensor:
             rows = [get(layer) for layer in column]
-            return torch.cat(rows if get.state else [_padded(t, span) for t in rows])
+            return torch.cat(rows if get.state is not None else [_padded(t, span) for t in rows])
 
         new = mapped(first, join)
         if isinstance(new, DynamicSlidingWindowLayer):
@@ -267,7 +276,9 @@ def why_not_shared(model: nn.Module) -> str | None:
 def _class_forbids(base: nn.Module) -> str | None:
     config: Any = base.config.get_text_config()  # type: ignore[operator, union-attr]
     cache = new_cache(base)
-    if config.model_type in NOT_CONTINUED or cache is None:
+    if cache is None:
+        return f"{config.model_type} has a cache of its own"
+    if config.model_type in NOT_CONTINUED:
         return f"{config.model_type} does not go on from a state with several tokens"
     other = {type(layer).__name__ for layer in cache.layers if type(layer) not in KNOWN}
     if other:
