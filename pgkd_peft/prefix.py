@@ -176,7 +176,11 @@ class TeacherMemory(Prefixes):
         # (prompt, answer) -> (tokens of the prompt, of the answer), of the answers that are read once
         self._answers: dict[tuple[bytes, bytes], tuple[int, int]] = {}
         if answers is not None and epochs > 1:
-            self._answers = {_key(p, a): (len(p), len(a)) for p, a in zip(prompts, answers) if a}
+            self._answers = {
+                _key(p, a): (len(p), len(a))
+                for i, (p, a) in enumerate(zip(prompts, answers))
+                if a and not (whole is not None and whole[i])
+            }
         self._answers_kept: set[tuple[bytes, bytes]] = set()
         self._worth_keeping: set[Prefix] = set()
         self._hidden: dict[tuple[bytes, bytes], tuple[slice, torch.Tensor]] = {}

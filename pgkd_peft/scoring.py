@@ -54,45 +54,55 @@ def score_teacher(
     token_budget: int = TOKEN_BUDGET,
     *,
     memory: TeacherMemory | None = None,
+    rows_at_once: int | None = None,
 ) -> None:
     """Store in every row the hidden states with which `model` predicts its kept tokens after the teacher's prompt.
 
     Rows are sorted by length into sub-batches of at most `token_budget` padded tokens. Beginnings that rows have in
     common are read once; a fixed teacher's `memory` holds what earlier steps read. Rows whose teacher's prompt is the
-    student's (no PI) are read whole, as the student reads them: both must round alike.
+    student's (no PI) are read in every step, whole and `rows_at_once`, as the student reads them: both must round
+    alike, for AdamW makes full steps of a gradient that is nothing but rounding.
+
+    Args:
+        rows_at_once: rows of the student's batches (``per_device_train_batch_size``); None: as many as fit.
     """
     device = next(model.parameters()).device
-    whole: list[Row] = []
+    anchors: list[Row] = []
     shared: list[Row] = []
     for row in rows:
         if not row.kept:
             row.teacher_hidden = torch.empty(0, 0, device=device)
+        elif row.teacher_prompt == row.prompt:
+            anchors.append(row)
         elif memory is not None and memory.recall(row, device):
             pass
         elif memory is not None and memory.stays(row):
-            node = None if row.teacher_prompt == row.prompt else memory.find(row.teacher_prompt)
-            if node is None:
-                _score_whole(model, [row], pad_id, device)
-            else:
-                _score_after(model, [(node, row)], memory, pad_id, device)
-                memory.forget(needed=[node.parent] if node.parent else [])
-            memory.remember(row)
+            _score_alone(model, row, memory, pad_id, device)
         else:
-            (whole if row.teacher_prompt == row.prompt else shared).append(row)
+            shared.append(row)
+    whole: list[Row] = []
     if shared and why_not_shared(model) is not None:
-        whole, shared = whole + shared, []
+        whole, shared = shared, []
     if memory is not None:
         shared = _score_planned(model, shared, memory, pad_id, token_budget, device)
     whole += _score_planned(
         model, shared, Prefixes([row.teacher_prompt for row in shared]), pad_id, token_budget, device
     )
-    for batch in by_length(whole, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget):
-        _score_whole(model, batch, pad_id, device)
+    for some, most in ((anchors, rows_at_once), (whole, None)):
+        for batch in by_length(some, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget, most):
+            packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device, flat=reads_packed_rows(model))
+            hand_out(batch, model(**packed))
 
 
-def _score_whole(model: nn.Module, rows: list[Row], pad_id: int, device: torch.device) -> None:
-    packed = pack([r.teacher_prompt for r in rows], rows, pad_id, device, flat=reads_packed_rows(model))
-    hand_out(rows, model(**packed))
+def _score_alone(model: nn.Module, row: Row, memory: TeacherMemory, pad_id: int, device: torch.device) -> None:
+    """A row whose answer comes again: by itself, so that it has the same bits in every step."""
+    node = memory.find(row.teacher_prompt)
+    if node is None:
+        hand_out([row], model(**pack([row.teacher_prompt], [row], pad_id, device)))
+    else:
+        _score_after(model, [(node, row)], memory, pad_id, device)
+        memory.forget(needed=[node.parent] if node.parent else [])
+    memory.remember(row)
 
 
 def _score_planned(

@@ -48,16 +48,18 @@ Layers = list[Any]  # one a layer of the model, of the cache's own classes
 _reasons: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
-def cache_argument(model: nn.Module) -> str | None:
-    """What the model's forward calls its cache; None if it takes none."""
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its cache."""
     accepted = inspect.signature(type(base_of(model)).forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
+    return "cache_params" if "cache_params" in accepted else "past_key_values"
 
 
 def new_cache(model: nn.Module) -> Cache | None:
     """An empty cache of the kinds that the model's layers need; None where the model keeps what it reads in itself,
     or in another kind of cache."""
-    if cache_argument(model) is None or base_of(model).config.model_type in OWN_STATES:
+    base = base_of(model)
+    accepted = inspect.signature(type(base).forward).parameters
+    if cache_argument(model) not in accepted or base.config.model_type in OWN_STATES:
         return None
     try:
         return DynamicCache(config=base_of(model).config.get_text_config())
