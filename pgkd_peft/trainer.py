@@ -246,8 +246,8 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
             row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
         written = time.perf_counter()
         with memory_for("teacher"), self.teacher.weights() as teacher:
-            size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-            score_teacher(teacher, rows, self.pad_id, memory=self.memory, rows_at_once=size)
+            at_once = args.per_device_train_batch_size
+            score_teacher(teacher, rows, self.pad_id, memory=self.memory, rows_at_once=at_once)
         self.last_rows = rows
 
         sums["seconds_rollout"] += written - start
