@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # of cache in 16 bits.
 TOKEN_BUDGET = 16_384
 
+# Tokens of a beginning that rows of other lengths share only in forwards of their own (windows, states).
+WORTH_A_FORWARD = 256
+
 
 def window_generator(seed: int, *path: int) -> torch.Generator:
     """A CPU generator that depends on the seed and on the place in the run alone, e.g. (step, rank).
@@ -203,10 +206,12 @@ def _alike(
     """Rows that are read in one forward, by the beginning that they go on from (and 0, or how long they are where no
     padding may stand behind it)."""
     nodes = [plan.find(prompt) for prompt in prompts]
-    if not any(nodes) or why_not_shared(model) is not None:
-        return {(None, 0): list(range(len(prompts)))}
     cache = new_cache(model)
     padded = cache is not None and all(map(is_plain, cache.layers))  # windows and states would count the padding
+    if not padded:
+        nodes = [node if node and node.end >= WORTH_A_FORWARD else None for node in nodes]
+    if not any(nodes) or why_not_shared(model) is not None:
+        return {(None, 0): list(range(len(prompts)))}
     groups: dict[tuple[Prefix | None, int], list[int]] = {}
     for i, (node, prompt) in enumerate(zip(nodes, prompts)):
         groups.setdefault((node, 0 if padded or node is None else len(prompt)), []).append(i)

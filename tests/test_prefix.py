@@ -242,8 +242,9 @@ def test_hidden_states_with_and_without_the_cache(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rollouts_share_beginnings_and_leave_when_they_are_done(kind):
+def test_rollouts_share_beginnings_and_leave_when_they_are_done(kind, monkeypatch):
     model = build(kind)
+    monkeypatch.setattr("pgkd_peft.rollout.WORTH_A_FORWARD", SHORTEST)
     prompts = [*(row.teacher_prompt for row in some_rows()[:7]), ids(3, 3), ids(9, 4)]
     stop = {plain_greedy(model, prompts[0], set(), 3)[-1], plain_greedy(model, prompts[5], set(), 2)[-1]}
     settings = {"max_new_tokens": 10, "stop_ids": sorted(stop), "pad_id": 0}
