@@ -167,6 +167,15 @@ class PrivilegedGKDConfig(GKDConfig):
         metadata={"help": "Decay a step of teacher_adapter='ema': teacher = decay*teacher + (1-decay)*student."},
     )
 
+    teacher_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "Host memory in GiB for what a fixed teacher (disabled, initial, or another model) has read: "
+            "beginnings of its prompts, and answers that stay. 0: nothing is kept from step to step. Default: a "
+            "quarter of the free memory."
+        },
+    )
+
     def __new__(cls, *args: Any, **kwargs: Any) -> PrivilegedGKDConfig:
         self = super().__new__(cls)
         names = [f.name for f in fields(cls) if f.init]
@@ -272,6 +281,10 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError(f"divergence_clip is {self.divergence_clip}; it must be more than 0, or left out.")
         if self.loss_top_k is not None and self._number("loss_top_k", int) < 1:
             raise ConfigError(f"loss_top_k is {self.loss_top_k}; it must be 1 or more, or left out.")
+        if self.teacher_cache_gib is not None and not 0 <= self._number("teacher_cache_gib", float) < float("inf"):
+            raise ConfigError(
+                f"teacher_cache_gib is {self.teacher_cache_gib}; it must be 0 (keep nothing) or more, or left out."
+            )
         if not isinstance(self.privileged_key, str) or not self.privileged_key.strip():
             raise ConfigError("privileged_key is empty; give the name of the dataset column that holds the PI.")
         if self.privileged_key == "messages":

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
-from ..evaluation.preflight import Cost, Effect, ProbeTrainer, probe_args, scorer_for, measure_cost, measure_effect
+from ..evaluation.preflight import Cost, Effect, ProbeTrainer, measure_cost, measure_effect, probe_args, scorer_for
 from ..view.inspect import inspect_rows, make_console
 from ..view.preflight import show_cost, show_effect
 
