@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import DataError, first_line
 
 TEXT = (".md", ".markdown", ".txt", ".rst", "")
+REQUESTS = (*TEXT, ".jsonl")
 CONVERTED = (".pdf", ".docx", ".html", ".htm", ".pptx")
 
 
@@ -34,7 +35,7 @@ def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
     return [(path.name, read_text(path)) for path in files]
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
     """One file as text.
 
     Raises:
@@ -42,7 +43,7 @@ def read_text(path: Path) -> str:
     """
     if path.suffix.lower() in CONVERTED:
         text = _converted(path)
-    elif path.suffix.lower() in TEXT:
+    elif path.suffix.lower() in kinds:
         raw = path.read_bytes()
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
@@ -101,7 +102,7 @@ def requests(path: str) -> list[str]:
     if not file.is_file():
         raise DataError(f"--requests {path!r} does not exist; give a text file with a request a line, or JSONL")
     found = []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, REQUESTS).splitlines(), start=1):
         if not line.strip():
             continue
         if file.suffix != ".jsonl":
