@@ -24,6 +24,7 @@ class Command:
 
 # The function gets the arguments after the command's name, and returns an exit code (None is 0).
 COMMANDS = {
+    "bake": Command("pgkd_peft.cli.bake:main", "teach a document or a system prompt, from its text alone"),
     "train": Command("pgkd_peft.cli.train:main", "train an adapter: pgkd train --config recipe.yaml"),
     "inspect": Command("pgkd_peft.cli.inspect:main", "see the rows as student and teacher will; no training"),
     "eval": Command("pgkd_peft.cli.eval:main", "base, teacher and student on held-out rows; recovered gap, drift"),

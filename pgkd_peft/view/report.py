@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..run.jsonl import is_number, read_json, read_lines
+from .report_coverage import coverage_section
 from .report_page import SCORES, render
 
 REPORT_FILE = "report.html"
@@ -24,7 +25,8 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         ConfigError: `run_dir` is no run folder.
     """
     run_dir = Path(run_dir)
-    page = render(collect(run_dir))
+    data = collect(run_dir)
+    page = render(data, coverage_section(data["coverage"]))
     out = Path(out) if out is not None else run_dir / REPORT_FILE
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="replace")
@@ -57,6 +59,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "results": results,
         "traces": choose_traces(traces),
         "answers": read_answers(run_dir),
+        "coverage": read_json(run_dir / "coverage.json"),
     }
 
 
