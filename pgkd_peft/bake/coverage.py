@@ -28,8 +28,9 @@ def choose(questions: Sequence[Question]) -> list[Question]:
     """At most :data:`QUESTIONS_A_PASSAGE` of each passage, held-out ones first."""
     chosen: dict[int, list[Question]] = defaultdict(list)
     for question in sorted(questions, key=lambda q: q.use != "heldout"):
-        wanted = question.passage is not None and question.use in ("heldout", "train")
-        if wanted and len(chosen[question.passage]) < QUESTIONS_A_PASSAGE:
+        if question.passage is None or question.use not in ("heldout", "train"):
+            continue
+        if len(chosen[question.passage]) < QUESTIONS_A_PASSAGE:
             chosen[question.passage].append(question)
     return [question for number in sorted(chosen) for question in chosen[number]]
 

@@ -24,7 +24,8 @@ from .split import Passage
 
 QUESTIONS_FILE = "questions.jsonl"
 ASKED_FILE = "asked.jsonl"
-ROWS_A_CALL = 64
+ROWS_A_CALL = 128
+ANCHORS_A_CALL = 48
 JUDGED_AT_ONCE = 64
 
 Say = Callable[[str], None]
@@ -97,16 +98,18 @@ class Asking:
     def calls(self) -> list[tuple[str, list[Task]]]:
         """All calls, in order: of passages as many rounds at once as make a good batch."""
         wanted = [p for p in self.passages if self.plan.only is None or p.number in set(self.plan.only)]
+        no_tasks: list[Task] = []
+        anchors = [("anchors", no_tasks)] * -(-self.plan.anchors // ANCHORS_A_CALL)
         if self.plan.is_prompt:
-            size = max(1, self.plan.questions // 16)
-            return [("requests", [])] * size + [("anchors", [])] * (-(-self.plan.anchors // 16))
+            requests = [("requests", no_tasks)] * -(-self.plan.questions // ANCHORS_A_CALL)
+            return requests + anchors
         tasks = [
             Task(passage, kind, opening)
             for kind, opening in ask.rounds(self.plan.questions, first=self.plan.first_round)
             for passage in wanted
         ]
         batches = [tasks[i : i + ROWS_A_CALL] for i in range(0, len(tasks), ROWS_A_CALL)]
-        return [("anchors", [])] * (-(-self.plan.anchors // 16)) + [("questions", batch) for batch in batches]
+        return anchors + [("questions", batch) for batch in batches]
 
     def run(self) -> list[Question]:
         """Everything that was written, by this call and those before it; stops early when the time is used up."""
@@ -143,10 +146,10 @@ class Asking:
         self, kind: str, tasks: Sequence[Task], path: tuple[int, ...], done: Sequence[Sequence[dict[str, Any]]]
     ) -> list[dict[str, Any]]:
         if kind == "anchors":
-            return [{"question": text, "kind": "everyday"} for text in self.base.everyday(16, path)]
+            return [{"question": text, "kind": "everyday"} for text in self.base.everyday(ANCHORS_A_CALL, path)]
         if kind == "requests":
             prompt = self.passages[0]
-            found = ask.for_prompt(prompt.text, self.base, 16, path)
+            found = ask.for_prompt(prompt.text, self.base, ANCHORS_A_CALL, path)
             return [{"question": text, "kind": topic, "passage": prompt.number} for topic, text in found]
         earlier: dict[int, list[str]] = {}
         for records in done:

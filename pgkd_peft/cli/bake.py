@@ -268,8 +268,10 @@ def write_questions(
     from ..bake.keep import LEAST_GAP, Keeper
     from ..bake.server import ServerWriter
     from ..data.collator import DataCollatorForPrivilegedGKD
-    from ..model.student import find_tokenizer, load_quantized
-    from .arguments import quantization_config
+    from ..engines.merged import RolloutEngine
+    from ..model.load import base_of
+    from ..model.student import build_student, find_tokenizer
+    from .arguments import lora_config, quantization_config
 
     name, model_args, config = base
     tokenizer = find_tokenizer(name, None, config)
@@ -279,18 +281,21 @@ def write_questions(
     privileged = {passage.number: passage.privileged for passage in passages}
     check_context(name, collator, passages, config)
     console.print(f"{len(passages)} passages, {sum(len(p.text.split()) for p in passages)} words", highlight=False)
-    model = load_quantized(name, config, quantization_config(model_args, config)).eval()
-    writer = BaseWriter(model, collator)
-    keeper = Keeper(
-        model,
-        collator,
-        privileged,
-        max_new_tokens=config.max_new_tokens,
-        least_gap=LEAST_GAP if args.gap_filter else None,
-        facts=not args.is_prompt,
-        seed=config.seed,
-    )
-    with torch.no_grad(), progress(console) as tick:
+    # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
+    # dequantizing every weight for every token.
+    student, _ = build_student(name, config, lora_config(model_args), quantization_config(model_args, config))
+    engine = RolloutEngine(student, config.rollout_engine, base_of(student).get_input_embeddings().weight.dtype)
+    with torch.no_grad(), engine.model() as model, progress(console) as tick:
+        writer = BaseWriter(model, collator)
+        keeper = Keeper(
+            model,
+            collator,
+            privileged,
+            max_new_tokens=config.max_new_tokens,
+            least_gap=LEAST_GAP if args.gap_filter else None,
+            facts=not args.is_prompt,
+            seed=config.seed,
+        )
         questions = pipeline.known_questions(folder, len(passages))
         if questions is None:
             server = (
@@ -364,11 +369,11 @@ def train_and_judge(
     elif (folder / "run.json").is_file():
         flags += ["--overwrite", "true"]
     data, model_args, config = parse_train(flags, prog="pgkd bake")
-    trainer, rows = run_training(data, model_args, config)
+    trainer, held_out_rows = run_training(data, model_args, config)
     if not trainer.is_world_process_zero():
         return
-    if rows is not None:
-        judge(trainer, rows, data)
+    if held_out_rows is not None:
+        judge(trainer, held_out_rows, data)
     privileged = {passage.number: passage.privileged for passage in passages}
     found = coverage.measure(
         trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=config.max_new_tokens
