@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from transformers import BitsAndBytesConfig
 
 from ..config import QUANTIZATIONS, compute_dtype
-from ..errors import ConfigError, ModelError, first_line
+from ..errors import ConfigError, ModelError, reason
 from ..model.load import bnb_config
 
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
@@ -198,7 +198,7 @@ def _download(repo: str, revision: str | None, what: str, patterns: list[str]) -
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{what} {repo!r} is no local directory, nor does the Hub give it: {first_line(error)}"
+            f"{what} {repo!r} is no local directory, nor does the Hub give it: {reason(error)}"
         ) from error
 
 
@@ -228,7 +228,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {first_line(error)}") from error
+        raise ModelError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a JSON {type(content).__name__}, not an object")
     return content

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, reason
 from ..model.demo import DEMO_MODEL, cache_dir
 from .adapter import AdapterRun
 
@@ -149,7 +149,7 @@ def push(path: Path, repo_id: str) -> str:
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise ConfigError(
-            f"--push-to-hub {repo_id}: {first_line(error)} The result stays in {path}; log in with `hf auth login` "
+            f"--push-to-hub {repo_id}: {reason(error)} The result stays in {path}; log in with `hf auth login` "
             "and check that you may write to that repository."
         ) from error
     return str(repo)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import ModelError, first_line
+from ..errors import ModelError, reason
 from ..model.load import base_of
 from .adapter import ADAPTER_FILE, AdapterRun
 from .base_weights import BaseWeights, quantization_roundtrip
@@ -247,7 +247,7 @@ def _adapter_parts(
         peft_model = PeftModel.from_pretrained(model, run.folder, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
-            f"the adapter {run.folder} does not fit base {run.base_name!r}: {first_line(error)}"
+            f"the adapter {run.folder} does not fit base {run.base_name!r}: {reason(error)}"
         ) from error
     layers: dict[str, BaseTunerLayer] = {}
     overrides: dict[str, torch.Tensor] = {}

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..config import QUANTIZATIONS, compute_dtype
-from ..errors import ModelError, first_line
+from ..errors import ModelError, reason
 from .cpu import guard_cpu_linear4bit
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def load_base(
         )
     except OSError as error:
         raise ModelError(
-            f"model {name_or_path!r} cannot be loaded: {first_line(error)} Give a local directory that holds "
+            f"model {name_or_path!r} cannot be loaded: {reason(error)} Give a local directory that holds "
             "config.json and the weights, or a Hub id that exists and that you may read."
         ) from error
     if quantization_config is None and device is not None:
@@ -108,7 +108,7 @@ def load_tokenizer(
             name_or_path, trust_remote_code=trust_remote_code, revision=revision, padding_side="left"
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer can be loaded from {name_or_path!r}: {first_line(error)}") from error
+        raise ModelError(f"no tokenizer can be loaded from {name_or_path!r}: {reason(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return prepare_tokenizer(tokenizer)

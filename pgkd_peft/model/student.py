@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import PrivilegedGKDConfig, compute_dtype
-from ..errors import ConfigError, ModelError, first_line
+from ..errors import ConfigError, ModelError, reason
 from .adapters import STUDENT, load_adapter
 from .cpu import guard_cpu_linear4bit, use_short_backward
 from .load import attach_lora, load_base, load_tokenizer, prepare_tokenizer
@@ -140,7 +140,7 @@ def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
         student = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (RuntimeError, ValueError) as error:
         mismatch = next(
-            (line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error)
+            (line.strip() for line in str(error).splitlines() if "mismatch" in line), reason(error)
         ).rstrip(".")
         raise ModelError(
             f"the adapter {adapter} does not fit its base {name_of(model)!r}: {mismatch}. Was it trained on "
