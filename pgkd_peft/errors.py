@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 REASON_LINES = 8  # of a long report: the first ones say what, the last one often why
 REASON_LENGTH = 1200  # characters
@@ -43,7 +45,7 @@ class CheckpointError(PGKDError):
     """A checkpoint cannot be written, read, or used for this run."""
 
 
-class RunFinished(CheckpointError):  # noqa: N818 - the run is done, which is no error of its own
+class RunFinished(CheckpointError):
     """The run that was to be resumed has come to its end; nothing of it was touched."""
 
 
@@ -111,3 +113,42 @@ def explained(what: str, kind: type[PGKDError] = ModelError, advice: str = "") -
         if advice:
             text = f"{text.rstrip('.')}. {advice}"
         raise kind(text) from error
+
+
+# ---- reading what a user named ---------------------------------------------------------------------------------------
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ModelError for the three lines of text that Git leaves in place of a large file."""
+    with explained(f"{path} cannot be read"), path.open("rb") as file:
+        pointer = file.read(40).startswith(b"version https://git-lfs")
+    if pointer:
+        raise ModelError(
+            f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder, or download it."
+        )
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file that a user named; `what` is the flag or setting that names it.
+
+    Raises:
+        ModelError: it cannot be read, or is not UTF-8 text.
+    """
+    refuse_pointer(Path(path))
+    advice = "Save it as UTF-8 text."
+    with explained(f"{what} {str(path)!r} cannot be read as UTF-8 text", advice=advice):
+        return Path(path).read_text(encoding="utf-8-sig")  # with the mark that Windows editors put first, or without
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that must be there.
+
+    Raises:
+        ModelError: it cannot be read, is no JSON, or holds something else.
+    """
+    text = read_text(path, "file")
+    with explained(f"{path} cannot be read as JSON"):
+        content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content

@@ -27,11 +27,11 @@ USED = frozenset(
     ddp_backend ddp_timeout debug resume_from_checkpoint model_init_kwargs trust_remote_code chat_template_path
     max_length activation_offloading temperature lmbda beta max_new_tokens teacher_model_name_or_path
     teacher_model_init_kwargs disable_dropout seq_kd
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 _NO_LOGITS = "no logits are kept, so there are no metrics of them"
-_ONE_SPLIT = "the rows are rendered by the chat template, one by one"
+_RENDERED = "the rows are rendered by the chat template, one by one"
 # Whatever they say, a run is the same; each with the reason.
 HARMLESS = {
     "prediction_loss_only": _NO_LOGITS,
@@ -88,8 +88,8 @@ REFUSED = {
     "label_smoothing_factor": Refused(0.0, "there are no labels, the teacher's distribution is the target"),
     "router_aux_loss_coef": Refused(None, _LOSS + "; routers are frozen"),
     "dataset_text_field": Refused("text", "rows are conversations, in `messages`; `columns` maps others to it"),
-    "dataset_kwargs": Refused(None, _ONE_SPLIT),
-    "dataset_num_proc": Refused(None, _ONE_SPLIT),
+    "dataset_kwargs": Refused(None, _RENDERED),
+    "dataset_num_proc": Refused(None, _RENDERED),
     "shuffle_dataset": Refused(False, "training shuffles in every epoch (train_sampling_strategy)"),
     "truncation_mode": Refused(
         "keep_start", "a conversation is never cut: a row over max_length is refused, or left out (skip_long_prompts)"

@@ -21,7 +21,7 @@ from trl import ModelConfig, TrlParser
 
 from ..config import PrivilegedGKDConfig
 from ..data.named import model_path
-from ..errors import ConfigError
+from ..errors import ConfigError, read_text
 from ..evaluation.scorers import make_scorer
 
 
@@ -260,16 +260,15 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file; its ``env:`` is put into the environment.
+def read_recipe(path: str, *, use_env: bool = True) -> dict[str, Any]:
+    """The mapping in a YAML file; its ``env:`` is put into the environment, or left out.
 
     Raises:
         ConfigError: no file, no YAML, no mapping, or a key given twice.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: {error}; `pgkd recipes` lists those that come with the package") from error
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path} is no file; `pgkd recipes` lists those that come with the package")
+    text = read_text(path, "--config")
     try:
         recipe = yaml.load(text, Loader=_OnceLoader)
     except yaml.YAMLError as error:
@@ -279,7 +278,8 @@ def read_recipe(path: str) -> dict[str, Any]:
     env = recipe.pop("env", None) or {}
     if not isinstance(env, dict):
         raise ConfigError(f"{path}: env is {env!r}; it must map names of environment variables to values")
-    os.environ.update({str(name): str(value) for name, value in env.items()})
+    if use_env:
+        os.environ.update({str(name): str(value) for name, value in env.items()})
     return recipe
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.named import load_named, split_of
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, read_text
 from ..evaluation.controls import CONTROLS, check_controls
-from .arguments import Parser, column_templates
+from .arguments import Parser, column_templates, read_recipe
 from .train import RECIPE_FILE, recipe_folder
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         split = split_of(args.neutral_dataset_name, args.neutral_dataset_split or "train")
         neutral = list(load_named(args.neutral_dataset_name, split=split))
         validate_rows(neutral, collator)
-    text = Path(args.text_file).read_text(encoding="utf-8") if args.text_file else None
+    text = read_text(args.text_file, "text_file") if args.text_file else None
     controls = find_controls(run, args.controls) if args.controls else []
     for control in controls:
         if control.finished:
@@ -233,10 +233,8 @@ def take_from_recipe(args: EvalArguments, recipe: Mapping[str, Any]) -> None:
 
 def run_recipe(run: AdapterRun) -> dict[str, Any]:
     """What the run was told, from its folder; {} when it was not trained by `pgkd train`."""
-    import yaml
-
     folder = recipe_folder(run.folder)
-    return (yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}) if folder is not None else {}
+    return read_recipe(str(folder / RECIPE_FILE), use_env=False) if folder is not None else {}
 
 
 def privileged_key(run: AdapterRun) -> str:
@@ -256,23 +254,16 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
 
 
 def load_student(run: AdapterRun) -> PeftModel:
-    """The adapter on its base, as training held it."""
-    import torch
-    from peft import PeftModel
+    """The adapter on its base, as training held it.
 
-    from ..model.cpu import guard_cpu_linear4bit
-    from ..model.load import load_base
+    Raises:
+        ModelError: it cannot be loaded, or the base is another one than in training.
+    """
+    from ..export.adapter import check_base, load_trained
 
-    base = load_base(
-        str(run.base),
-        quantization=run.quantization,
-        quantization_config=run.quantization_config,
-        dtype=run.dtype,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    model = PeftModel.from_pretrained(base, str(run.folder))
-    guard_cpu_linear4bit(model)
-    return model.eval()
+    model = load_trained(run)
+    check_base(model, run)
+    return model
 
 
 LABELS = {

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from ..errors import ConfigError
 from ..model.load import load_base
 from . import card as publish
-from .adapter import ADAPTER_FILE, AdapterRun, read_run
+from .adapter import ADAPTER_FILE, AdapterRun, read_run, wrong_base
 from .merge_report import MergeReport, merged_card, recommend, survived
 from .merged_weights import BASES, MergedWeights
 from .rounding import Surviving
@@ -144,7 +144,7 @@ def merge_adapter(
     (folder / "README.md").write_text(merged_card(report, run), encoding="utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if report.passed is False:
-        raise VerificationError(_failure(report, folder), report)
+        raise VerificationError(_failure(report, run, folder), report)
     _publish(folder, target)
     log(f"Wrote {target}")
     if push_to_hub:
@@ -264,13 +264,9 @@ def _judge(report: MergeReport, prompts: Prompts, tolerance: float | None, log: 
     )
 
 
-def _failure(report: MergeReport, folder: Path) -> str:
+def _failure(report: MergeReport, run: AdapterRun, folder: Path) -> str:
     if report.base_matches_training is False:
-        return (
-            f"the base {report.base_model} is not the one that the adapter was trained on: its weights have another "
-            "digest than run.json holds. An adapter means nothing on other weights; bring the old base back "
-            f"(--base-model). The result stays in {folder}."
-        )
+        return f"{wrong_base(run)} The result stays in {folder}."
     kl = report.fidelity[report.base]["kl_mean"]
     if report.base == "original":
         reason = "The original weights are not those that the adapter was trained on; --base dequantized is."

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GgufConfig
 
 from ..errors import ConfigError, ModelError
 from . import card as publish
-from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun, read_run
+from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun, check_base, load_trained, read_run, wrong_base
 from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
 from .merge import TOLERANCE, VerificationError
 from .merged_weights import BASES, MergedWeights
@@ -78,7 +78,8 @@ def export_adapter(
         gguf_type: f16, q8_0 or f32, of "gguf".
         base: dequantized or original, of "gguf" (see merge_adapter).
         base_id: the base's Hub id, for a base that is only a local directory.
-        prompts, tolerance, verify: of "gguf": as in merge_adapter; the file is read by Transformers and compared.
+        prompts, tolerance: of "gguf": as in merge_adapter; the file is read by Transformers and compared.
+        verify: that, and that the base is, by run.json's digest, the one that was trained on.
         quantization, base_model: override what run.json and adapter_config.json say.
         push_to_hub: repository id to upload the result to.
 
@@ -96,13 +97,16 @@ def export_adapter(
         raise ConfigError(f"--out {out} exists already; give another")
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
     identity = base_id or publish.hub_id(run)
+    if format == "peft" and identity is None:
+        raise ConfigError(
+            f"the base of this adapter is the local directory {run.base_name}, which nobody else has. Give the id "
+            "under which others find it with --base-id ORG/NAME."
+        )
+    if verify and format != "gguf":  # which loads the trained model anyway
+        check_base(load_trained(run, trust_remote_code=trust_remote_code), run)
     report = ExportReport(out, format, identity or run.base.name, [], assumed=list(run.assumed))
     if format == "peft":
-        if identity is None:
-            raise ConfigError(
-                f"the base of this adapter is the local directory {run.base_name}, which nobody else has. Give the id "
-                "under which others find it with --base-id ORG/NAME."
-            )
+        assert identity is not None
         _export_peft(run, target, identity)
     else:
         weights = MergedWeights(run, base=base, trust_remote_code=trust_remote_code)
@@ -184,6 +188,8 @@ def _export_gguf(
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
             )
+        if trained.base_matches is False:
+            raise VerificationError(f"{wrong_base(run)} The file stays in {unverified}.")
         limit = GGUF_TOLERANCE[gguf_type] if weights.base == "dequantized" else None
         report.tolerance = limit if tolerance is None else tolerance
         report.fidelity = fidelity.as_dict()

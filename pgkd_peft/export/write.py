@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..errors import ModelError
+from ..errors import ModelError, read_object
 from ..model.load import bnb_config
 from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun
 from .base_weights import quantization_roundtrip
@@ -145,9 +145,9 @@ def _finished_shards(folder: Path, fingerprint: str) -> dict[str, Any]:
     """The shards that an interrupted merge of the same things left in `folder`; of anything else it is emptied."""
     state_file = folder / STATE_FILE
     if state_file.is_file():
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-        if state["fingerprint"] == fingerprint and all((folder / name).is_file() for name in state["shards"]):
-            shards: dict[str, Any] = state["shards"]
+        state = read_object(state_file)
+        shards: dict[str, Any] = state.get("shards") or {}
+        if state.get("fingerprint") == fingerprint and all((folder / name).is_file() for name in shards):
             return shards
     elif folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is where an unfinished merge would stand, but no merge wrote it; move it away")
@@ -174,7 +174,7 @@ def _write_index(folder: Path, plan: dict[str, list[str]]) -> None:
 def _write_config(weights: MergedWeights, folder: Path, dtype: str) -> None:
     """The base's own config.json, unquantized, in the new dtype; its generation config; its code, if it has any."""
     base = weights.run.base
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_object(base / "config.json")
     for key in ("quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(key, None)
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")

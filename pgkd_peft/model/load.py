@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -17,10 +20,46 @@ from transformers import (
 )
 
 from ..config import QUANTIZATIONS, compute_dtype
-from ..errors import ModelError, reason
+from ..errors import ModelError, explained, refuse_pointer
 from .cpu import guard_cpu_linear4bit
 
 logger = logging.getLogger(__name__)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def check_source(name: str, what: str = "model") -> None:
+    """That a name which can only be a local path is a folder, and its weights are whole files.
+
+    Raises:
+        ModelError: there is no such folder, or a weight file is cut off or a Git LFS pointer.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.safetensors")):
+            tensor_shapes(path)
+    elif folder.exists():
+        raise ModelError(f"{what} {name!r} is a file; give the folder that holds it.")
+    elif not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ModelError(
+            f"{what} {name!r} does not exist. Give a local folder that holds config.json and the weights, or a Hub id."
+        )
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a safetensors file; its header alone is read.
+
+    Raises:
+        ModelError: it cannot be read: missing, cut off, damaged, a Git LFS pointer.
+    """
+    refuse_pointer(path)
+    advice = "It is cut off or damaged; download or copy it again."
+    with explained(f"{path} cannot be read", advice=advice), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+# ---- the base --------------------------------------------------------------------------------------------------------
 
 
 def bnb_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -63,30 +102,62 @@ def load_base(
         model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ModelError: unknown quantization, or a path that holds no model.
+        ModelError: unknown quantization, one that the base is not stored in, or a path that holds no model.
     """
+    check_source(name_or_path)
     dtype = dtype or compute_dtype()
     if quantization_config is None:
         quantization_config = bnb_config(quantization, dtype)
+    check_stored(name_or_path, quantization_config, trust_remote_code=trust_remote_code, revision=revision)
     if quantization_config is not None:
         model_kwargs["quantization_config"] = quantization_config
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
-    try:
+    with explained(f"model {name_or_path!r} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, **model_kwargs
         )
-    except OSError as error:
-        raise ModelError(
-            f"model {name_or_path!r} cannot be loaded: {reason(error)} Give a local directory that holds "
-            "config.json and the weights, or a Hub id that exists and that you may read."
-        ) from error
     if quantization_config is None and device is not None:
         model.to(device)
     guard_cpu_linear4bit(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def check_stored(name: str, asked: BitsAndBytesConfig | None, **source: Any) -> None:
+    """That a base whose files are quantized already is asked for in just that quantization.
+
+    Raises:
+        ModelError: names both, and what to set; or the config cannot be read.
+    """
+    with explained(f"model {name!r} cannot be loaded"):
+        stored = getattr(AutoConfig.from_pretrained(name, **source), "quantization_config", None)
+    if stored is None:
+        return
+    if not isinstance(stored, dict):
+        stored = stored.to_dict()
+    method = str(stored.get("quant_method") or "bitsandbytes")
+    if not method.startswith("bitsandbytes"):
+        raise ModelError(
+            f"the files of base {name!r} are quantized by {method!r}; only plain and bitsandbytes weights can be "
+            "trained and merged here. Take the unquantized model."
+        )
+    there, wanted = quantization_name(stored), quantization_name(asked.to_dict() if asked is not None else None)
+    if there != wanted:
+        known = f"set base_quantization to {there}" if there in QUANTIZATIONS else "take the unquantized model"
+        raise ModelError(
+            f"the files of base {name!r} are quantized to {there} already, but {wanted} is asked for; {known}."
+        )
+
+
+def quantization_name(settings: dict[str, Any] | None) -> str:
+    """What bitsandbytes settings are called: none, int8, or the 4-bit type (nf4, fp4)."""
+    if not settings:
+        return "none"
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
+        return "int8"
+    return str(settings.get("bnb_4bit_quant_type", "nf4"))
 
 
 def load_tokenizer(
@@ -103,12 +174,11 @@ def load_tokenizer(
     Raises:
         ModelError: there is no tokenizer, or it has no chat template.
     """
-    try:
+    check_source(name_or_path)
+    with explained(f"no tokenizer can be loaded from {name_or_path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, revision=revision, padding_side="left"
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer can be loaded from {name_or_path!r}: {reason(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return prepare_tokenizer(tokenizer)

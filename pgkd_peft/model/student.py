@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import PrivilegedGKDConfig, compute_dtype
-from ..errors import ConfigError, ModelError, reason
+from ..errors import ConfigError, ModelError, explained, read_object, read_text
 from .adapters import STUDENT, load_adapter
 from .cpu import guard_cpu_linear4bit, use_short_backward
 from .load import attach_lora, load_base, load_tokenizer, prepare_tokenizer
@@ -34,8 +33,8 @@ def is_adapter_folder(model: Any) -> bool:
 
 def adapter_base(folder: str) -> str:
     """The base model that an adapter folder names."""
-    base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ModelError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")
     return base
 
@@ -66,7 +65,7 @@ def _read_template(args: PrivilegedGKDConfig) -> str | None:
             f"chat_template_path is {args.chat_template_path!r}; it must be an existing .jinja or .j2 file. (A "
             "template taken from another model would bring tokens that this base has never seen.)"
         )
-    return path.read_text(encoding="utf-8")
+    return read_text(path, "chat_template_path")
 
 
 def _revision(model: Any, args: PrivilegedGKDConfig) -> str | None:
@@ -136,16 +135,9 @@ def build_student(
 
 def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     """The base with an adapter from a folder, every tensor of it loaded."""
-    try:
+    advice = "Was it trained on another one? base_model_name_or_path in its adapter_config.json says which is loaded."
+    with explained(f"the adapter {adapter} does not fit its base {name_of(model)!r}", advice=advice):
         student = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        mismatch = next(
-            (line.strip() for line in str(error).splitlines() if "mismatch" in line), reason(error)
-        ).rstrip(".")
-        raise ModelError(
-            f"the adapter {adapter} does not fit its base {name_of(model)!r}: {mismatch}. Was it trained on "
-            "another one? base_model_name_or_path in its adapter_config.json says which base is loaded."
-        ) from error
     load_adapter(student, Path(adapter))  # PEFT only warns of missing tensors
     return student
 

@@ -22,7 +22,7 @@ from transformers import Trainer
 from .. import __version__
 from ..data.check import DataReport
 from ..model.adapters import STUDENT
-from ..model.load import base_of
+from ..model.load import base_of, quantization_name
 from ..rows import Row
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class RunInfo:
         return {
             "pgkd_peft": __version__,
             "base_model": trainer.model.peft_config[STUDENT].base_model_name_or_path,
-            "base_quantization": _quantization_name(quantization),
+            "base_quantization": quantization_name(quantization),
             "quantization_config": quantization,
             "compute_dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
             "base_digest": trainer.frozen.digest,
@@ -124,14 +124,6 @@ class RunInfo:
         ]
         path.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
-
-
-def _quantization_name(quantization: dict[str, Any] | None) -> str:
-    if not quantization:
-        return "none"
-    if quantization.get("load_in_8bit"):
-        return "int8"
-    return str(quantization.get("bnb_4bit_quant_type", "nf4"))
 
 
 def device_name() -> str:
