@@ -33,7 +33,7 @@ from .data.check import checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
 from .engines.merged import RolloutEngine
-from .errors import ConfigError, PGKDError
+from .errors import ConfigError, PGKDError, explained
 from .evaluation.gap_callback import EvaluationMixin
 from .model.adapters import STUDENT
 from .model.frozen import FrozenCheck, ProbeCallback
@@ -50,6 +50,7 @@ from .run.info import RunInfo
 from .run.interrupt import interruptible
 from .run.memory import memory_for
 from .run.meters import means_of
+from .run.place import locked
 from .run.resume import CheckpointMixin
 from .scoring import add_hidden_states_forward, score_teacher, without_padding
 from .teacher import (
@@ -162,7 +163,8 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         self.teacher_head = Head(separate if separate is not None else student, teacher=self.teacher.which)
 
         # 3. TRL's trainers around them, without what they would change.
-        with keep_adapter(student, args), without_migration_advice("trl.experimental.gkd.gkd_trainer"):
+        advice = without_migration_advice("trl.experimental.gkd.gkd_trainer")
+        with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args), advice:
             super().__init__(
                 student,
                 teacher_model=separate if separate is not None else student,
@@ -461,7 +463,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         """
         run_dir = str(self.args.output_dir)
         checkpoint = find_checkpoint(run_dir, resume_from_checkpoint)
-        with explain_full_disk(run_dir), interruptible(self), self.run_info.recording():
+        with locked(run_dir), explain_full_disk(run_dir), interruptible(self), self.run_info.recording():
             result = super().train(checkpoint, *args, **kwargs)
             self.frozen.verify("at the end of training", probe=True)
         return result

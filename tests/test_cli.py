@@ -66,7 +66,7 @@ def python(*args, **env):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from pgkd_peft import cli; assert cli.main(['--help']) == 0; assert cli.main([]) == 0;"
+        "import sys; from pgkd_peft.cli import main as cli; assert cli.main(['--help']) == 0; assert cli.main([]) == 0;"
         "assert cli.main(['--version']) == 0; assert cli.main(['no-such-command']) == 2;"
         "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'peft'} & set(sys.modules)))"
     )

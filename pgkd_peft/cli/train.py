@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PrivilegedGKDConfig
 from ..data.named import load_named, split_of
-from ..run.checkpoint import check_run_folder
+from ..errors import ConfigError, RunFinished, explained
+from ..run.checkpoint import ADAPTER_FILE, check_run_folder, clear_run_folder, finished_at
+from ..run.place import locked
 from .arguments import (
     DataArguments,
     ModelArguments,
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from ..evaluation.sft_control import SFTControlTrainer
     from ..trainer import PrivilegedSelfDistillTrainer
 
+logger = logging.getLogger(__name__)
+
 RECIPE_FILE = "recipe.yaml"
 HOLDOUT_ROWS = 64
 NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
@@ -35,15 +42,20 @@ base answers with it. Any option can stand in a YAML recipe (--config), and over
 def main(argv: Sequence[str]) -> int:
     """Train; the adapter, its model card and the logs are in `output_dir` afterwards."""
     data, model, config = parse_train(argv, description=DESCRIPTION)
-    trainer = train(data, model, config)
+    folder = shlex.quote(str(config.output_dir))
+    try:
+        trainer = train(data, model, config)
+    except RunFinished as finished:
+        print(finished)
+        return 0
     if trainer.is_world_process_zero():
-        folder = config.output_dir
-        print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
+        print(f"\nThe adapter, its model card, run.json and the logs are in {config.output_dir}")
         if data.control is not None:
-            run = Path(str(folder)).parent.parent
+            run = shlex.quote(str(Path(str(config.output_dir)).parent.parent))
             print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
         else:
-            print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {folder}-merged")
+            merged = shlex.quote(f"{config.output_dir}-merged")
+            print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {merged}")
     return 0
 
 
@@ -52,8 +64,11 @@ def train(
 ) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
     """Load the data, train, save: the run itself, or the control of it that `data` names.
 
+    Nothing in the run folder changes before data, model and the checkpoint to go on from are accepted.
+
     Raises:
         PGKDError: a mistake in the arguments or the data, found before the model is loaded.
+        RunFinished: the run to be resumed is at its end already; nothing was touched.
         RunInterrupted: a signal ended the run after a checkpoint was saved.
     """
     assert config.output_dir is not None
@@ -61,34 +76,84 @@ def train(
         from ..evaluation.controls import control_settings
 
         control_settings(data.control, config)
-    checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
+    with locked(config.output_dir):
+        return _train(data, model, config, callbacks or [])
+
+
+def _train(
+    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any]
+) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
+    folder = Path(str(config.output_dir))
+    checkpoint = check_run_folder(folder, resume=data.resume, overwrite=data.overwrite, clear=False)
     checkpoint = checkpoint or config.resume_from_checkpoint
+    if data.resume and checkpoint:
+        _stop_if_finished(folder, checkpoint, model, config)
     train_dataset, held_out = load_datasets(data, config)
 
     from ..run.info import HOLDOUT_FILE
     from ..view.progress import Watch
     from ..view.terminal import MetricsFileCallback, install
 
-    callbacks = [*(callbacks or []), *evaluation_callbacks(data, config, held_out)]
+    callbacks = [*callbacks, *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
     trainer.run_info.control = data.control
     trainer.add_callback(MetricsFileCallback())
     view = install(trainer)
-    if trainer.is_world_process_zero():
-        write_recipe(Path(config.output_dir) / RECIPE_FILE, data.told)
-        write_holdout(Path(config.output_dir) / HOLDOUT_FILE, held_out)
+
+    def begin() -> None:
+        if data.overwrite:
+            clear_run_folder(folder)
+        write_recipe(folder / RECIPE_FILE, data.told)
+        write_holdout(folder / HOLDOUT_FILE, held_out)
+
+    trainer.run_info.when_begun.append(begin)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except RunFinished:
+        if _is_saved(folder, Path(str(checkpoint))):
+            raise
+        logger.warning("All steps were trained, but the adapter was not saved; that is done now.")
+        begin()
     finally:
         if isinstance(view, Watch):
             view.stop()  # gives the terminal its cursor back, also after an error
     trainer.run_info.finished = True
     trainer.save_model()
     if data.control is not None and trainer.is_world_process_zero():
-        mark_card(Path(config.output_dir) / "README.md", data.control)
+        mark_card(folder / "README.md", data.control)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+        with explained(f"the run is in {folder}, but cannot be pushed to the Hub", ConfigError):
+            trainer.push_to_hub(dataset_name=data.dataset_name)
     return trainer
+
+
+def _is_saved(folder: Path, checkpoint: Path) -> bool:
+    """Whether the adapter of a run that has trained all its steps is in its folder as well."""
+    from ..run.jsonl import read_json
+
+    last = folder / ADAPTER_FILE
+    if not last.is_file():
+        return False
+    return bool(read_json(folder / "run.json").get("finished")) or filecmp.cmp(last, checkpoint / ADAPTER_FILE, False)
+
+
+def _stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, config: PrivilegedGKDConfig) -> None:
+    """Say so before data and model are loaded, where that is sure: the same base, and the adapter is there.
+
+    Raises:
+        RunFinished: the run is at its end.
+    """
+    from ..run.jsonl import read_json
+
+    info = read_json(folder / "run.json")
+    if (
+        info.get("finished")
+        and info.get("base_model") == model.model_name_or_path
+        and (folder / ADAPTER_FILE).is_file()
+    ):
+        done = finished_at(folder, checkpoint, config)
+        if done is not None:
+            raise RunFinished(done)
 
 
 def make_trainer(

@@ -12,6 +12,7 @@ import copy
 import logging
 import math
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -84,6 +85,18 @@ class Cost:
     failed: str | None = None
 
 
+class PreflightStopped(KeyboardInterrupt):
+    """A signal ended the preflight.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int):
+        self.signum = signum
+        super().__init__(f"{signal.Signals(signum).name}: the preflight was stopped; nothing was trained or saved.")
+
+
 def run_preflight(data: Any, model: Any, config: Any, rows: Any, console: Console) -> tuple[Effect | None, Cost]:
     """Load the recipe's model, measure, print. `data`, `model`, `config` are those of ``parse_train``."""
     from ..cli.arguments import lora_config, quantization_config
@@ -100,7 +113,11 @@ def run_preflight(data: Any, model: Any, config: Any, rows: Any, console: Consol
                 quantization_config=quantization_config(model, args),
             )
 
-        return preflight(build, config, rows, console, folder)
+        try:
+            return preflight(build, config, rows, console, folder)
+        except KeyboardInterrupt as stopped:  # RunInterrupted would name a checkpoint in the scratch folder
+            signum = getattr(stopped, "signum", signal.SIGINT)
+            raise PreflightStopped(signum) from stopped
 
 
 def preflight(

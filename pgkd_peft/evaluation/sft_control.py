@@ -14,12 +14,13 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..config import PrivilegedGKDConfig
 from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
-from ..errors import ConfigError
+from ..errors import ConfigError, explained
 from ..model.adapters import STUDENT
 from ..model.frozen import FrozenCheck
 from ..model.student import build_student, find_tokenizer
 from ..run.console import show_log_lines
 from ..run.info import RunInfo
+from ..run.place import locked
 from ..trl_compat import keep_adapter
 from .gap_callback import EvaluationMixin
 
@@ -51,7 +52,7 @@ class SFTControlTrainer(EvaluationMixin, SFTTrainer):
         rows, report = checked_rows(train_dataset, collator, args, "train_dataset")
         set_seed(args.seed)
         student, loaded = build_student(model, args, peft_config, quantization_config)
-        with keep_adapter(student, args):
+        with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args):
             if args.disable_dropout:
                 disable_dropout_in_model(student)
             super().__init__(
@@ -74,7 +75,7 @@ class SFTControlTrainer(EvaluationMixin, SFTTrainer):
         """
         if resume_from_checkpoint:
             raise ConfigError("the control sft is not resumed, it starts anew: give --overwrite instead of --resume.")
-        with self.run_info.recording():
+        with locked(str(self.args.output_dir)), self.run_info.recording():
             result = super().train(None, *args, **kwargs)
             self.frozen.verify("at the end of training")
         return result

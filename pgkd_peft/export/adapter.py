@@ -20,11 +20,9 @@ from ..model.adapters import check_adapter_tensors
 from ..model.cpu import guard_cpu_linear4bit
 from ..model.frozen import FrozenCheck
 from ..model.load import bnb_config, load_base, tensor_shapes
+from ..model.lora import BASE_CHANGING_INITS
 
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
-
-# Initialisations that change the base weights as well: the saved A and B mean nothing on the plain base.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ def _check_adapter_config(config: dict[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} holds a {config.get('peft_type')} adapter; only LORA (DoRA, rsLoRA) can be merged")
     init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(_BASE_CHANGING_INITS):
+    if init.startswith(BASE_CHANGING_INITS):
         raise ModelError(
             f"{folder} was initialised with {init!r}, which also changes the base weights, so its A and B do not fit "
             "the plain base. Save it with path_initial_model_for_weight_conversion (see PEFT's guide on PiSSA), which "

@@ -164,9 +164,10 @@ def _free_target(target: Path, force: bool) -> Path:
 
 
 def _refuse_zero_adapter(run: AdapterRun) -> None:
-    """A LoRA starts with B = 0; one that never trained adds nothing. (Other kinds are found out after the merge.)"""
+    """A LoRA starts with B = 0 (of an embedding: A = 0); one that never trained adds nothing. (Other kinds are found
+    out after the merge.)"""
     with safe_open(run.folder / ADAPTER_FILE, "pt") as file:
-        names = [name for name in file.keys() if "lora_A" not in name and "lora_embedding_A" not in name]  # noqa: SIM118
+        names = [name for name in file.keys() if "lora_A" not in name and "lora_embedding_B" not in name]  # noqa: SIM118
         if names and not any(file.get_tensor(name).any() for name in names):
             raise VerificationError(
                 f"the adapter in {run.folder} is all zeros, so the merged model would be its base. Did training run, "
@@ -178,11 +179,12 @@ def _enter_survived(report: MergeReport, cast: Surviving, four_bit: Surviving, l
     report.surviving_share, report.rounding_noise = cast.share, cast.noise
     report.four_bit_share, report.four_bit_noise = four_bit.share, four_bit.noise
     if cast.changed == 0:
-        raise VerificationError(
-            f"in {report.dtype} the merged weights are identical to the base's: what the adapter adds is smaller than "
-            "the rounding. Use --dtype fp32.",
-            report,
+        why = (
+            "what the adapter adds is smaller than the rounding. Use --dtype fp32."
+            if report.dtype != "fp32"
+            else "the adapter adds nothing to it. Did training run, and was this adapter saved after it?"
         )
+        raise VerificationError(f"in {report.dtype} the merged weights are identical to the base's: {why}", report)
     log(f"Of what the adapter adds, {survived(cast.share, cast.noise)} survives the cast to {report.dtype}.")
     if four_bit.elements:
         log(f"Merged into 4-bit weights, {survived(four_bit.share, four_bit.noise)} would have survived.")

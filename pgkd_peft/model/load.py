@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from ..config import QUANTIZATIONS, compute_dtype
-from ..errors import ModelError, explained, refuse_pointer
+from ..errors import ConfigError, ModelError, explained, refuse_pointer
 from .cpu import guard_cpu_linear4bit
+from .lora import check_lora, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -211,15 +212,15 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig | None = None) -
     """Wrap `model` with a LoRA (the default one when none is given), its weights in float32.
 
     Raises:
-        ModelError: the config is no LoRA, so that nothing could be disabled to get the teacher back.
+        ConfigError, ModelError: see :func:`~pgkd_peft.model.lora.check_lora`, and what PEFT cannot attach.
     """
-    peft_config = peft_config or default_lora()
-    if not isinstance(peft_config, LoraConfig):
-        raise ModelError(
-            f"peft_config is a {type(peft_config).__name__}; only LoRA (peft.LoraConfig, DoRA and rsLoRA included) "
-            "can be switched off to give the teacher. Pass a LoraConfig."
-        )
-    return get_peft_model(model, peft_config)
+    if peft_config is None:
+        return get_peft_model(model, default_lora())
+    check_lora(peft_config)
+    assert isinstance(peft_config, LoraConfig)
+    check_names(model, peft_config)
+    with explained("the LoRA of peft_config (lora_target_modules ...) cannot be attached", ConfigError):
+        return get_peft_model(model, peft_config)
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

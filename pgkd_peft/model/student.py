@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import PrivilegedGKDConfig, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, read_text
-from .adapters import STUDENT, load_adapter
+from .adapters import ADAPTER_FILE, STUDENT, load_adapter
 from .cpu import guard_cpu_linear4bit, use_short_backward
-from .load import attach_lora, load_base, load_tokenizer, prepare_tokenizer
+from .load import attach_lora, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
+from .lora import check_lora, check_names_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def build_student(
         if adapter is not None and peft_config is not None:
             raise ConfigError(f"{adapter!r} is an adapter, which brings its own LoRA settings; remove peft_config.")
         base = adapter_base(adapter) if adapter else model
+        check_before_loading(base, adapter, args, peft_config)
         model = load_quantized(base, args, quantization_config)
         what = "given settings" if quantization_config is not None else args.base_quantization
         loaded = f"base {base} loaded once ({what}, {str(training_dtype(args)).removeprefix('torch.')}); "
@@ -133,6 +135,25 @@ def build_student(
     )
 
 
+def check_before_loading(
+    base: str, adapter: str | None, args: PrivilegedGKDConfig, peft_config: PeftConfig | None
+) -> None:
+    """Refuse the adapter's settings before the base is loaded, which can take minutes.
+
+    Raises:
+        ConfigError, ModelError: they cannot train on this base.
+    """
+    check_source(base)
+    if adapter is not None:
+        check_lora(read_object(Path(adapter) / "adapter_config.json"), f"{adapter}/adapter_config.json")
+        tensor_shapes(Path(adapter) / ADAPTER_FILE)
+    elif peft_config is not None:
+        check_lora(peft_config)
+        assert isinstance(peft_config, LoraConfig)
+        trust = (args.model_init_kwargs or {}).get("trust_remote_code", args.trust_remote_code)
+        check_names_of(base, peft_config, trust_remote_code=trust, revision=_revision(base, args))
+
+
 def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     """The base with an adapter from a folder, every tensor of it loaded."""
     advice = "Was it trained on another one? base_model_name_or_path in its adapter_config.json says which is loaded."
@@ -149,6 +170,7 @@ def _check_peft_model(model: PeftModel, peft_config: PeftConfig | None) -> None:
         raise ModelError(
             f"the PeftModel holds the adapters {list(model.peft_config)}; exactly one, named {STUDENT!r}, can train."
         )
+    check_lora(model.peft_config[STUDENT], "the PeftModel's config")
     if not any(param.requires_grad for param in model.parameters()):
         raise ModelError(
             "nothing in the PeftModel trains; load it with PeftModel.from_pretrained(..., is_trainable=True)"
@@ -162,7 +184,9 @@ def load_quantized(
     kwargs = dict((args.teacher_model_init_kwargs if teacher else args.model_init_kwargs) or {})
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
+        dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"dtype is {dtype!r}; accepted are auto, bfloat16, float16, float32.")
     quantization_config = kwargs.pop("quantization_config", quantization_config)
     model = load_base(
         name,
