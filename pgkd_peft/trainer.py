@@ -463,7 +463,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         """
         run_dir = str(self.args.output_dir)
         checkpoint = find_checkpoint(run_dir, resume_from_checkpoint)
-        with locked(run_dir), explain_full_disk(run_dir), interruptible(self), self.run_info.recording():
+        with explain_full_disk(run_dir), locked(run_dir), interruptible(self), self.run_info.recording():
             result = super().train(checkpoint, *args, **kwargs)
             self.frozen.verify("at the end of training", probe=True)
         return result

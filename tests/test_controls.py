@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import ROWS, TINY_RUN, byte_tokenizer, save_tiny
 
-from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig, cli
+from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig
+from pgkd_peft.cli import main as cli
 from pgkd_peft.data.files import to_dataset
 from pgkd_peft.errors import ConfigError, DataError
 from pgkd_peft.evaluation.controls import CONTROLS, check_controls, control_rows, control_settings, deranged

@@ -21,7 +21,7 @@ from trl import ModelConfig, TrlParser
 
 from ..config import PrivilegedGKDConfig
 from ..data.named import model_path
-from ..errors import ConfigError, read_text
+from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
 
 
@@ -199,10 +199,11 @@ class Parser(TrlParser):
         """
         argv = list(argv)
         path, rest = _take_config(argv)
-        if path is not None:
-            self._use_recipe(path, read_recipe(path))
         silent = {action.dest: argparse.SUPPRESS for action in self._actions}
         flags, _ = self.parse_known_args(rest, argparse.Namespace(**silent))
+        path = path or _own_recipe(flags)
+        if path is not None:
+            self._use_recipe(path, read_recipe(path))
         self.told |= {key: value for key, value in vars(flags).items() if value != argparse.SUPPRESS}
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(
@@ -210,8 +211,8 @@ class Parser(TrlParser):
             )
         except ConfigError:
             raise
-        except ValueError as error:  # of the __post_init__ of Transformers and TRL
-            raise ConfigError(str(error)) from error
+        except Exception as error:  # of the __post_init__ of Transformers and TRL
+            raise ConfigError(reason(error)) from error
         if unknown:
             raise ConfigError(self._about_unknown(unknown))
         return tuple(part for part in parsed if not isinstance(part, argparse.Namespace))
@@ -242,6 +243,14 @@ class Parser(TrlParser):
         return (
             "\n".join(lines) or f"unexpected argument {unknown[0]!r}; values follow a flag, as in --dataset_name FILE"
         )
+
+
+def _own_recipe(flags: argparse.Namespace) -> str | None:
+    """What a run was told, as the recipe of its --resume, where no other is named; None without such a file."""
+    if getattr(flags, "resume", None) is not True or not isinstance(getattr(flags, "output_dir", None), str):
+        return None
+    recipe = Path(flags.output_dir) / "recipe.yaml"
+    return str(recipe) if recipe.is_file() else None
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -374,8 +383,17 @@ def parse_train(
             **{key: value for key, value in given.items() if value},
             **(config.model_init_kwargs or {}),
         }
+    _check_flags_of_quantization(model, data.told)
     settle_evaluation(data, config)
     return data, model, config
+
+
+def _check_flags_of_quantization(model: ModelArguments, told: Mapping[str, Any]) -> None:
+    """Raises ConfigError when TRL's flags and base_quantization ask for two things."""
+    flag, name = ("load_in_8bit", "int8") if model.load_in_8bit else ("load_in_4bit", model.bnb_4bit_quant_type)
+    asked = told.get("base_quantization")
+    if (model.load_in_4bit or model.load_in_8bit) and asked not in (None, name):
+        raise ConfigError(f"{flag} asks for {name}, base_quantization for {asked!r}; keep one of them.")
 
 
 def settle_evaluation(data: DataArguments, config: PrivilegedGKDConfig) -> None:
@@ -426,17 +444,18 @@ def lora_config(model: ModelArguments) -> Any:
             f"{model.model_name_or_path} is an adapter, which brings its own LoRA settings; remove {', '.join(changed)}"
         )
     targets: Any = model.lora_target_modules
-    return LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        target_parameters=model.lora_target_parameters,
-        modules_to_save=model.lora_modules_to_save,
-        task_type=model.lora_task_type,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
-    )
+    with explained("these lora_ settings cannot be used", ConfigError):
+        return LoraConfig(
+            r=model.lora_r,
+            lora_alpha=model.lora_alpha,
+            lora_dropout=model.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            target_parameters=model.lora_target_parameters,
+            modules_to_save=model.lora_modules_to_save,
+            task_type=model.lora_task_type,
+            use_rslora=model.use_rslora,
+            use_dora=model.use_dora,
+        )
 
 
 def quantization_config(model: ModelArguments, config: PrivilegedGKDConfig) -> Any:
@@ -447,12 +466,13 @@ def quantization_config(model: ModelArguments, config: PrivilegedGKDConfig) -> A
 
     from ..model.student import training_dtype
 
-    if model.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=training_dtype(config),
-        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
-        bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
-    )
+    with explained("the bitsandbytes settings (bnb_4bit_ ...) cannot be used", ConfigError):
+        if model.load_in_8bit:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=training_dtype(config),
+            bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
+        )

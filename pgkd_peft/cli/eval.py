@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.named import load_named, split_of
 from ..errors import ConfigError, DataError, read_text
 from ..evaluation.controls import CONTROLS, check_controls
+from ..run.place import check_writable
 from .arguments import Parser, column_templates, read_recipe
 from .train import RECIPE_FILE, recipe_folder
 
@@ -133,6 +134,8 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
 
     console = Console()
     run = read_run(adapter, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
+    out = Path(args.out or run.folder / RESULTS_FILE)
+    check_writable(out, "--out", file=True)
     collator = collator_of(run)
     take_from_recipe(args, run_recipe(run))
     scorer = make_scorer(str(args.scorer), answer_key=str(args.answer_key))
@@ -182,7 +185,6 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         result.extra["controls"] = {name: control_summary(other) for name, other in compared.items()}
 
     show(result, console, args.show)
-    out = Path(args.out or run.folder / RESULTS_FILE)
     if run.info.get("control"):
         result.extra["control"] = run.info["control"]
         console.print(f"[bold]This is the control {run.info['control']} of a run, not the run itself.[/]")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import PrivilegedGKDConfig
 from ..data.named import load_named, split_of
 from ..errors import ConfigError, RunFinished, explained
-from ..run.checkpoint import ADAPTER_FILE, check_run_folder, clear_run_folder, finished_at
+from ..run.checkpoint import ADAPTER_FILE, check_run_folder, clear_run_folder, explain_full_disk, finished_at
 from ..run.place import locked
 from .arguments import (
     DataArguments,
@@ -76,7 +76,7 @@ def train(
         from ..evaluation.controls import control_settings
 
         control_settings(data.control, config)
-    with locked(config.output_dir):
+    with explain_full_disk(config.output_dir), locked(config.output_dir):
         return _train(data, model, config, callbacks or [])
 
 

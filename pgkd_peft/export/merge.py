@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from ..errors import ConfigError
 from ..model.load import load_base
+from ..run.place import check_writable
 from . import card as publish
 from .adapter import ADAPTER_FILE, AdapterRun, read_run, wrong_base
 from .merge_report import MergeReport, merged_card, recommend, survived
@@ -97,9 +99,10 @@ def merge_adapter(
     ):
         if value not in accepted and not (flag == "requantize" and value is None):
             raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
-    if tolerance is not None and not tolerance > 0:
+    if tolerance is not None and not 0 < tolerance < math.inf:
         raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
     target = _free_target(Path(out).resolve(), force)
+    check_writable(target, "--out")
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
     rows = read_prompts(run, prompts) if verify else None
     _refuse_zero_adapter(run)
@@ -112,7 +115,7 @@ def merge_adapter(
         quantization=run.quantization,
         assumed=list(run.assumed),
         requantized=requantize,
-        command=f"pgkd merge {adapter} --out {out} --base {base} --dtype {dtype}",
+        command=shlex.join(["pgkd", "merge", adapter, "--out", out, "--base", base, "--dtype", dtype]),
         versions={name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
     )
     log(f"Merging {run.folder} into {run.base_name} ({run.quantization} in training): {base} base, {dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GgufConfig
 
 from ..errors import ConfigError, ModelError
+from ..run.place import check_writable
 from . import card as publish
 from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun, check_base, load_trained, read_run, wrong_base
 from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
@@ -95,6 +97,9 @@ def export_adapter(
         raise ConfigError(f"--out {out} must end in .gguf for --format {format}: it is a file")
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ConfigError(f"--out {out} exists already; give another")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
+    check_writable(target, "--out")
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
     identity = base_id or publish.hub_id(run)
     if format == "peft" and identity is None:

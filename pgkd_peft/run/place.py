@@ -19,17 +19,20 @@ from ..errors import ConfigError, reason
 LOCK_FILE = ".lock"
 
 
-def check_writable(path: str | os.PathLike, flag: str) -> None:
+def check_writable(path: str | os.PathLike, flag: str, *, file: bool = False) -> None:
     """Refuse a place that nothing can be written to, before the work whose results would be lost.
 
     Args:
         path: a folder that is there or can be made, or a file in one.
         flag: the flag or setting that names it.
+        file: it is to be a file.
 
     Raises:
         ConfigError: names both, and what the operating system says.
     """
     place = Path(path).absolute()
+    if file and place.is_dir():
+        raise ConfigError(f"{flag} {str(path)!r} is a folder; give a file.")
     while not place.is_dir():
         if place.exists() and place != Path(path).absolute():
             raise ConfigError(f"{flag} {str(path)!r} cannot be written: {place} is a file. Give another place.")

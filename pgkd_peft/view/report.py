@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..run.jsonl import is_number, read_json, read_lines
+from ..run.place import check_writable
 from .report_page import SCORES, render
 
 REPORT_FILE = "report.html"
@@ -27,6 +28,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     run_dir = Path(run_dir)
     page = render(collect(run_dir))
     out = Path(out) if out is not None else run_dir / REPORT_FILE
+    check_writable(out, "--out", file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="replace")
     return out
