@@ -130,7 +130,7 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"{self.least:g} or more" if self.included else f"more than {self.least:g}"
-        return low if self.limit is None else f"{low} and less than {self.limit:g}"
+        return low if self.limit is None else f"{low} and less than {self.limit:,.10g}"
 
 
 COUNT, FROM_ZERO = Range(int, 1), Range(int, 0)

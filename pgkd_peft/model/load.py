@@ -20,24 +20,29 @@ from transformers import (
 )
 
 from ..config import QUANTIZATIONS, compute_dtype
-from ..errors import ConfigError, ModelError, explained, refuse_pointer
+from ..errors import ConfigError, ModelError, explained, read_object, refuse_pointer
 from .cpu import guard_cpu_linear4bit
 from .lora import check_lora, check_names
 
 logger = logging.getLogger(__name__)
 
 
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def check_source(name: str, what: str = "model") -> None:
-    """That a name which can only be a local path is a folder, and its weights are whole files.
+    """That a name which can only be a local path is a folder, and its weights and settings are whole files.
 
     Raises:
-        ModelError: there is no such folder, or a weight file is cut off or a Git LFS pointer.
+        ModelError: there is no such folder, or a file in it is cut off, damaged or a Git LFS pointer.
     """
     folder = Path(name)
     if folder.is_dir():
+        for file in JSON_FILES:
+            if (folder / file).is_file():
+                read_object(folder / file)
         for path in sorted(folder.glob("*.safetensors")):
             tensor_shapes(path)
     elif folder.exists():
@@ -116,8 +121,19 @@ def load_base(
             device = torch.device("cuda", torch.cuda.current_device())
         model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
     with explained(f"model {name_or_path!r} cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, **model_kwargs
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **model_kwargs,
+        )
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"model {name_or_path!r} cannot be loaded: {key} is {tuple(stored)} in its files, but config.json says "
+            f"{tuple(wanted)}."
         )
     if quantization_config is None and device is not None:
         model.to(device)

@@ -17,7 +17,7 @@ from ..errors import ConfigError, ModelError, explained
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_lora(config: PeftConfig | Mapping[str, Any], source: str = "peft_config") -> None:
+def check_lora(config: PeftConfig | Mapping[str, Any], source: str = "the LoRA settings") -> None:
     """Refuse, by name, what cannot be trained or merged later.
 
     Args:
@@ -103,7 +103,8 @@ def check_names(model: nn.Module, config: LoraConfig) -> None:
     ):
         for name in _names(getattr(config, field, None)):
             if not any(other == name or other.endswith(f".{name}") for other in there):
-                linear = {n.rpartition(".")[2] for n, module in model.named_modules() if _is_linear(module)}
+                head = model.get_output_embeddings()  # type: ignore[operator]
+                linear = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m) and m is not head}
                 raise ConfigError(
                     f"{field} has {name!r}, which no module of {type(model).__name__} is called. Its linear layers are "
                     f"{', '.join(sorted(linear))}."

@@ -24,7 +24,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, ConfigError, explained, read_object, reason
+from ..errors import CheckpointError, ConfigError, ModelError, read_object, reason
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    with explained(f"{folder / STATE_FILE} is damaged", CheckpointError):
+    try:
         return read_object(folder / STATE_FILE)
+    except ModelError as error:
+        raise CheckpointError(f"{folder / STATE_FILE} is damaged: {error}") from error
 
 
 def finished_at(run_dir: str | os.PathLike, checkpoint: str | os.PathLike, args: Any) -> str | None:

@@ -62,7 +62,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         yield
         return
     check_writable(folder, "output_dir")
-    new = not path.parent.exists()
+    new = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     _take(path, me)
     try:
@@ -70,9 +70,9 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         if _read(path) == me:
             path.unlink()
-        if new:
-            with contextlib.suppress(OSError):  # something is in it
-                path.parent.rmdir()
+        with contextlib.suppress(OSError):  # something is in it now
+            for parent in new:
+                parent.rmdir()
 
 
 def _take(path: Path, me: dict[str, Any]) -> None:
