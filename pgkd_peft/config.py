@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import Trainer, get_scheduler
 from trl.experimental.gkd import GKDConfig
 
-from .errors import ConfigError, PGKDError, reason
-from .inherited import RANGES, REFUSED
+from .errors import ConfigError, PGKDError, explained, reason
+from .inherited import MAPPINGS, RANGES, REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,8 @@ class PrivilegedGKDConfig(GKDConfig):
         self._settle_gpus()
         self._check_choices()
         self._check_ranges()
+        self._check_mappings()
+        self._check_optimizer()
         self._check_trackers()
 
     def _settle_device(self) -> None:
@@ -266,9 +269,14 @@ class PrivilegedGKDConfig(GKDConfig):
                 setattr(self, name, refused.wanted)
             if not refused.is_left_alone(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} cannot be used: {refused.why}. Remove it.")
+        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
         for name, accepted in RANGES.items():
-            if getattr(self, name) is not None and not accepted.allows(self._number(name, accepted.kind)):
+            if getattr(self, name) is None and name in optional:
+                continue
+            if not accepted.allows(self._number(name, accepted.kind)):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {accepted}.")
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ConfigError("output_dir is empty; give the folder to write the run to.")
         if self._number("max_steps", int) < 1 and self.max_steps != -1:
             raise ConfigError(
                 f"max_steps is {self.max_steps}; it must be 1 or more (or -1: num_train_epochs says how long)."
@@ -290,6 +298,29 @@ class PrivilegedGKDConfig(GKDConfig):
             )
         if self.seq_kd and self.lmbda == 1.0:
             warnings.warn("seq_kd=True does nothing with lmbda=1.0; lower lmbda or drop seq_kd.", stacklevel=4)
+
+    def _check_mappings(self) -> None:
+        for name in MAPPINGS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(
+                    f'{name} is {value!r}; it must be a mapping (on the command line JSON, {{"name": 1}}).'
+                )
+
+    def _check_optimizer(self) -> None:
+        """Optimizer and scheduler are made when training begins; what they lack is found out now, on one number."""
+        with explained(f"optim {str(self.optim)!r} with optim_args {self.optim_args!r} cannot be used", ConfigError):
+            try:
+                Trainer.get_optimizer_cls_and_kwargs(self)
+            except ValueError as error:
+                if "model" not in str(error):  # some look for their layers in it
+                    raise
+        if self.lr_scheduler_type == "reduce_lr_on_plateau":
+            return  # takes other arguments
+        kind, kwargs = str(self.lr_scheduler_type), self.lr_scheduler_kwargs
+        with explained(f"lr_scheduler_type {kind!r} with lr_scheduler_kwargs {kwargs!r} cannot be used", ConfigError):
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
 
     def _check_trackers(self) -> None:
         """A tracker that is not installed would end the run when its model is loaded already."""

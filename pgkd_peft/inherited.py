@@ -25,7 +25,7 @@ USED = frozenset(
     dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
     train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
     ddp_backend ddp_timeout debug resume_from_checkpoint model_init_kwargs trust_remote_code chat_template_path
-    max_length activation_offloading temperature lmbda beta max_new_tokens teacher_model_name_or_path
+    max_length temperature lmbda beta max_new_tokens teacher_model_name_or_path
     teacher_model_init_kwargs disable_dropout seq_kd
     """.split()  # noqa: SIM905
 )
@@ -98,6 +98,7 @@ REFUSED = {
     "use_liger_kernel": Refused(False, "it would replace the loss"),
     "liger_kernel_config": Refused(None, "it would replace the loss"),
     "neftune_noise_alpha": Refused(None, "noise on the student's embeddings is noise in the divergence"),
+    "activation_offloading": Refused(False, _UNTRIED),
     "torch_compile": Refused(False, _UNTRIED),
     "torch_compile_backend": Refused(None, _UNTRIED),
     "torch_compile_mode": Refused(None, _UNTRIED),
@@ -164,3 +165,12 @@ RANGES = {
     "ddp_bucket_cap_mb": COUNT,
     "ddp_timeout": COUNT,
 }
+
+# Settings that are mappings, which the command line gives as JSON.
+MAPPINGS = (
+    "model_init_kwargs",
+    "teacher_model_init_kwargs",
+    "lr_scheduler_kwargs",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs",
+)

@@ -32,7 +32,7 @@ from .model.adapters import (
 )
 from .model.cpu import guard_cpu_linear4bit
 from .model.ema import EMA, ProductAverage
-from .model.load import base_of
+from .model.load import base_of, check_source
 from .model.student import load_quantized, name_of
 
 
@@ -216,6 +216,8 @@ def check_teacher(model: Any, teacher_model: Any, args: PrivilegedGKDConfig) -> 
             raise ConfigError(
                 "share_student_as_teacher=False needs a teacher: pass teacher_model (or --teacher_model_name_or_path)."
             )
+        if isinstance(teacher, str):
+            check_source(teacher, "teacher model")
         if args.teacher_adapter != "disabled":
             raise ConfigError(
                 f"teacher_adapter={args.teacher_adapter!r} chooses among the student's own weights, but "

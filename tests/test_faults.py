@@ -213,6 +213,22 @@ def test_models_that_are_not_there(place, train, says, name, words, no_model):
     says(["inspect", "--model_name_or_path", name, "--dataset_name", place.data], words)
 
 
+def test_other_files_and_names_that_a_flag_gives(place, tmp_path, says, train, no_model, monkeypatch):
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "own_scorer.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = ["eval", place.run, "--dataset_name", place.data]
+    says([*judge, "--text_file", tmp_path / "one.txt"], "text_file", "has 1 tokens")
+    says([*judge, "--text_file", tmp_path / "binary.txt"], "text_file", "UTF-8")
+    says([*judge, "--scorer", "own_scorer:f"], "own_scorer:f", "division by zero")
+    says(["merge", place.run, "--out", tmp_path / "o", "--prompts", tmp_path / "binary.txt"], "--prompts", "UTF-8")
+    says(["merge", place.run, "--out", tmp_path / "o", "--tolerance", "inf"], "--tolerance")
+    says(["export", place.run, "--out", tmp_path / "o", "--base-id", "not an id"], "--base-id")
+    says(["train", "--config", tmp_path / "binary.txt"], "--config", "UTF-8")
+    train("--share_student_as_teacher", "false", "--teacher_model_name_or_path", "/no/such", words=["/no/such"])
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -310,6 +326,33 @@ def test_a_base_that_was_exchanged_is_refused_alike(place, tmp_path, says, comma
     says(argv, "is not the one that the adapter was trained on", "digest", code=1 if command == "merge" else 2)
     assert not out.exists()
     assert not (folder / "eval_results.json").exists()
+
+
+def test_all_chat_templates_of_a_tokenizer_are_copied(place, tmp_path):
+    model = copy(place.model, tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 'tools' }}"}
+    tokenizer.save_pretrained(model)
+    run_folder, out = copy(place.run, tmp_path / "run"), tmp_path / "out"
+    for path in run_folder.glob("*token*"):
+        path.unlink()
+    (run_folder / "chat_template.jinja").unlink()
+    edit(run_folder / ADAPTER_CONFIG, base_model_name_or_path=str(model))
+    assert cli.main(["merge", str(run_folder), "--out", str(out), "--dtype", "fp32", "--no-verify"]) == 0
+    assert type(tokenizer).from_pretrained(out).chat_template == tokenizer.chat_template
+
+
+def test_a_run_with_several_chat_templates_is_saved_twice(place, tmp_path):
+    from pgkd_peft.run.checkpoint import clear_run_folder, replacing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 'tools' }}"}
+    for _ in range(2):
+        with replacing(tmp_path) as staged:
+            tokenizer.save_pretrained(staged)
+    assert type(tokenizer).from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    clear_run_folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
 
 
 # ---- E, F: settings --------------------------------------------------------------------------------------------------
@@ -411,6 +454,12 @@ SETTINGS = [
     ("--lr_scheduler_type", "nosuch", "lr_scheduler_type"),
     ("--lr_scheduler_kwargs", '{"nothing": 1}', "nothing"),
     ("--accelerator_config", '{"nothing": 1}', "nothing"),
+    ("--lr_scheduler_type", "cosine_with_min_lr", "min_lr"),
+    ("--optim", "galore_adamw", "galore"),
+    ("--optim_args", "x", "optim_args"),
+    ("--output_dir", "", "output_dir is empty"),
+    ("--eval_strategy steps --eval_steps 1 --metric_for_best_model", "bleu", "metric_for_best_model"),
+    ("--model_init_kwargs", "x", "model_init_kwargs"),
     ("--eos_token", "<|nope|>", "eos_token"),
     ("--load_in_4bit true --base_quantization", "none", "base_quantization"),
     ("--load_in_4bit true --bnb_4bit_quant_type", "nf5", "nf5"),
@@ -425,15 +474,17 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("flags", "value", "named"), SETTINGS, ids=[f"{f} {v}" for f, v, _ in SETTINGS])
 def test_settings_that_cannot_train(train, flags, value, named):
-    value = [value] if value.startswith("{") else value.split()
-    train(*flags.split(), *value, words=[named])
+    train(*flags.split(), *_values(value), words=[named])
+
+
+def _values(value):
+    return [value] if value.startswith("{") or not value else value.split()
 
 
 def test_settings_are_refused_before_a_model_is_loaded(train, no_model):
     for flags, value, named in SETTINGS:
-        known_later = ("--attn", "--optim", "--lr_scheduler_kwargs", "--model_init", "--accelerator", "--save_strategy")
-        if not flags.startswith(known_later):  # to their own libraries alone
-            train(*flags.split(), *value.split(), words=[named])
+        if not flags.startswith(("--attn", "--model_init", "--save_strategy")):  # Transformers alone knows these
+            train(*flags.split(), *_values(value), words=[named])
 
 
 def test_trackers_are_looked_for_before_a_model_is_loaded(train, no_model, monkeypatch):

@@ -351,6 +351,10 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {plain[found[0]]}?" if found else ""
 
 
+# What an evaluation of `pgkd train` logs, and a best model can be chosen by; some only with a scorer.
+MEASURED = {"loss", "divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob"}
+MEASURED |= {"completion_length", "truncated_completions", "recovered", "student", "base", "teacher", "drift"}
+
 TRAIN_ARGUMENTS: tuple[type, ...] = (DataArguments, ModelArguments, PrivilegedGKDConfig)
 
 
@@ -409,6 +413,9 @@ def settle_evaluation(data: DataArguments, config: PrivilegedGKDConfig) -> None:
                 "--eval_strategy steps --eval_steps 20"
             )
         return
+    metric = config.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in MEASURED:
+        raise ConfigError(f"metric_for_best_model is {metric!r}; measured are {', '.join(sorted(MEASURED))}.")
     if data.neutral_dataset_name is not None and data.scorer is None:
         raise ConfigError("neutral_dataset_name is set, but drift is measured beside a scorer; add --scorer contains")
     chooses = config.load_best_model_at_end or data.early_stopping_patience is not None

@@ -149,7 +149,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         split = split_of(args.neutral_dataset_name, args.neutral_dataset_split or "train")
         neutral = list(load_named(args.neutral_dataset_name, split=split))
         validate_rows(neutral, collator)
-    text = read_text(args.text_file, "text_file") if args.text_file else None
+    text = text_ids(args.text_file, collator) if args.text_file else None
     controls = find_controls(run, args.controls) if args.controls else []
     for control in controls:
         if control.finished:
@@ -169,10 +169,9 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     if neutral is not None:
         add_drift(result, measure_drift(model, collator, neutral))
     if text is not None:
-        ids = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for name, which in (("base", "disabled"), ("student", "shared")):
             with adapter_state(model, which) as weights:
-                result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
+                result.extra[f"perplexity_{name}"] = perplexity(weights, text)
 
     compared: dict[str, Evaluation] = {}
     for control in controls:
@@ -193,6 +192,19 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     update_card(run.folder / "README.md", result, told)
     console.print(f"Results: {out}; every answer: {answers_file(out)}")
     return 0
+
+
+def text_ids(path: str, collator: DataCollatorForPrivilegedGKD) -> list[int]:
+    """The tokens of a text whose perplexity is to be measured.
+
+    Raises:
+        PGKDError: it cannot be read, or is too short.
+    """
+    text = read_text(path, "text_file")
+    ids: list[int] = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError(f"text_file {path!r} has {len(ids)} tokens; a perplexity needs two at least.")
+    return ids
 
 
 def add_drift(result: Evaluation, drift: Drift) -> None:

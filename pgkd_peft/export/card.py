@@ -20,6 +20,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LOCAL_PATH = re.compile(r"(?<![\w:/.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@+-]+[/\\])*([\w.@+-]+)[/\\]?")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id: NAME or ORG/NAME."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def hub_id(run: AdapterRun) -> str | None:
     """The id under which others find this adapter's base, or None if it is only a local directory.
 

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from ..errors import ConfigError
 from ..model.load import load_base
@@ -23,7 +22,7 @@ from .merge_report import MergeReport, merged_card, recommend, survived
 from .merged_weights import BASES, MergedWeights
 from .rounding import Surviving
 from .verify import MAX_NEW_TOKENS, Prompts, Score, TrainedModel, read_prompts
-from .write import DTYPES, write_checkpoint
+from .write import DTYPES, read_tokenizer, write_checkpoint
 
 # Mean KL(trained || merged), nats/token, above which a merge onto the dequantized base has failed. Rounding to b bits
 # of mantissa moves a weight by up to 2^-b of itself, and KL grows with the square of that. Measured on SmolLM2-135M
@@ -105,6 +104,7 @@ def merge_adapter(
     check_writable(target, "--out")
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
     rows = read_prompts(run, prompts) if verify else None
+    tokenizer = read_tokenizer(run, trust_remote_code=trust_remote_code) if verify else None
     _refuse_zero_adapter(run)
     report = MergeReport(
         out=str(target),
@@ -130,10 +130,10 @@ def merge_adapter(
     except (VerificationError, ConfigError):
         shutil.rmtree(folder)  # refused for good: nothing there is worth keeping
         raise
-    if rows is not None:
+    if rows is not None and tokenizer is not None:
         with TrainedModel(
             run,
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+            tokenizer,
             rows,
             max_new_tokens=max_new_tokens,
             score=score,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GgufConfig
+from transformers import GgufConfig
 
 from ..errors import ConfigError, ModelError
 from ..run.place import check_writable
@@ -22,7 +22,7 @@ from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
 from .merge import TOLERANCE, VerificationError
 from .merged_weights import BASES, MergedWeights
 from .verify import Prompts, TrainedModel, read_prompts
-from .write import copy_tokenizer, tokenizer_folder
+from .write import copy_tokenizer, read_tokenizer
 
 FORMATS = ("peft", "gguf-lora", "gguf")
 
@@ -92,6 +92,8 @@ def export_adapter(
     for flag, value, accepted in (("format", format, FORMATS), ("gguf-type", gguf_type, TYPES), ("base", base, BASES)):
         if value not in accepted:
             raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
+    if base_id is not None and not publish.is_hub_id(base_id):
+        raise ConfigError(f"--base-id is {base_id!r}, which is no Hub id; give ORG/NAME.")
     target = Path(out)
     if format != "peft" and target.suffix != ".gguf":
         raise ConfigError(f"--out {out} must end in .gguf for --format {format}: it is a file")
@@ -178,7 +180,7 @@ def _export_gguf(
 ) -> GGUFSummary:
     """Write the merged model, let Transformers read the file, and compare what it read with the trained model."""
     run = weights.run
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(run), trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(run, trust_remote_code=trust_remote_code)
     unverified = target.with_suffix(".unverified.gguf")
     unverified.unlink(missing_ok=True)
     summary = write_gguf_model(weights, tokenizer, unverified, gguf_type, name=report.base_model, log=log)

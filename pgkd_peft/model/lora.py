@@ -43,6 +43,9 @@ def check_lora(config: PeftConfig | Mapping[str, Any], source: str = "the LoRA s
             f"{source}: bias={settings['bias']!r} trains biases of the base itself, which is the teacher and must stay "
             "as it is. Use bias='none' (lora_bias=True gives the adapter biases of its own)."
         )
+    trained = ("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices")
+    if settings.get("target_modules") is not None and not any(settings.get(name) for name in trained):
+        raise ConfigError(f"{source}: target_modules is empty, so nothing would train. Name modules, or 'all-linear'.")
     init = settings.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ConfigError(

@@ -198,7 +198,8 @@ def clear_run_folder(output_dir: str | os.PathLike) -> None:
     """Remove what a run has left in its folder; other files stay."""
     folder = Path(output_dir)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and (re.fullmatch(r"checkpoint-\d+", path.name) or path.name.startswith(HIDDEN)):
+        ours = re.fullmatch(r"checkpoint-\d+|additional_chat_templates", path.name) or path.name.startswith(HIDDEN)
+        if path.is_dir() and ours:
             shutil.rmtree(path)
         elif path.is_file() and (path.name in RUN_FILES or re.fullmatch(r"failed_batch_step\d+\.json", path.name)):
             path.unlink()
@@ -277,6 +278,8 @@ def replacing(folder: str | os.PathLike) -> Iterator[str]:
         yield str(staged)
         for path in staged.iterdir():
             _sync(path)
+            if path.is_dir():  # of chat templates; a folder with something in it is not replaced
+                shutil.rmtree(target / path.name, ignore_errors=True)
             path.replace(target / path.name)
     except Exception as error:
         if not is_about_writing(error):
