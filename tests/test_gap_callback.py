@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tiny import ROWS, TINY_RUN, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from pgkd_peft import RecoveredGapCallback, cli
+from pgkd_peft import RecoveredGapCallback
+from pgkd_peft.cli import main as cli
 from pgkd_peft.cli.arguments import parse_train
 from pgkd_peft.cli.train import evaluation_callbacks
 from pgkd_peft.errors import ConfigError, DataError
