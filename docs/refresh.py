@@ -29,21 +29,31 @@ NOTEBOOK = ROOT / "examples" / "privileged_gkd_colab.ipynb"
 PUBLIC = {
     "trainer": ["PrivilegedSelfDistillTrainer"],
     "config": ["PrivilegedGKDConfig"],
-    "collator": ["DataCollatorForPrivilegedGKD"],
-    "gap_callback": ["RecoveredGapCallback"],
-    "sources": ["load_named"],
-    "data": ["load_rows", "map_columns", "validate_rows", "DataReport"],
-    "inspect_rows": ["inspect_rows"],
-    "evaluate": ["evaluate", "Evaluation", "recovered_gap", "bootstrap_recovered", "measure_drift", "Drift", "leakage"],
-    "scorers": ["make_scorer"],
+    "data.collator": ["DataCollatorForPrivilegedGKD"],
+    "evaluation.gap_callback": ["RecoveredGapCallback"],
+    "data.named": ["load_named"],
+    "data.load": ["load_rows", "map_columns"],
+    "data.check": ["validate_rows", "DataReport"],
+    "view.inspect": ["inspect_rows"],
+    "evaluation.answers": [
+        "evaluate",
+        "Evaluation",
+        "recovered_gap",
+        "bootstrap_recovered",
+        "measure_drift",
+        "Drift",
+        "leakage",
+    ],
+    "evaluation.scorers": ["make_scorer"],
     "divergence": ["linear_jsd"],
-    "teacher": ["adapter_state"],
-    "model": ["load_base", "load_tokenizer", "attach_lora", "default_lora", "demo_model_path"],
-    "merge": ["merge_adapter"],
-    "export": ["export_adapter"],
-    "report": ["write_report"],
+    "model.adapters": ["adapter_state"],
+    "model.load": ["load_base", "load_tokenizer", "attach_lora", "default_lora"],
+    "model.demo": ["demo_model_path"],
+    "export.merge": ["merge_adapter"],
+    "export.publish": ["export_adapter"],
+    "view.report": ["write_report"],
 }
-ERRORS = ("errors", "trainer", "memory", "checkpoint", "interrupt", "merge")
+ERRORS = ("errors", "trainer", "run.memory", "run.interrupt", "export.merge")
 
 # ---- api.md --------------------------------------------------------------------------------------------------------
 
@@ -73,7 +83,7 @@ def api_markdown() -> str:
 
 
 def _source(module: str) -> str:
-    return (ROOT / "pgkd_peft" / f"{module}.py").read_text(encoding="utf-8")
+    return (ROOT / "pgkd_peft" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
 
 
 def _definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import math
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ class PrivilegedGKDConfig(GKDConfig):
     Everything that :class:`trl.experimental.gkd.GKDConfig` (and through it ``SFTConfig`` and ``TrainingArguments``)
     knows is accepted; the fields below are ours. Each one's comment is its help text.
 
+    The trainer chooses what nobody gave and what depends on model and rows: learning_rate, normalize_beta, max_steps,
+    warmup_steps, logging_steps, max_privileged_length, privileged_placement and privileged_template (see
+    :mod:`pgkd_peft.automatic`). A value that is passed always wins, also one that equals the default.
+
+    Attributes:
+        given: names of the fields that were passed. (Where all are, as argument parsers and ``dataclasses.replace``
+            do it: those that differ from their defaults.)
+        automatic: what the trainer chose: field -> (value, reason).
+
     Raises:
         ConfigError: a value that cannot work; the message names the field, the value and what is accepted.
     """
@@ -48,6 +58,10 @@ class PrivilegedGKDConfig(GKDConfig):
     max_privileged_length: int = field(
         default=512,
         metadata={"help": "Budget in tokens for the text of the PI alone. The conversation is never cut for it."},
+    )
+    allow_privileged_cut: bool = field(
+        default=False,
+        metadata={"help": "Cut PI that is over max_privileged_length at its end, instead of refusing to start."},
     )
     share_student_as_teacher: bool = field(
         default=True,
@@ -159,6 +173,39 @@ class PrivilegedGKDConfig(GKDConfig):
         default=0.99,
         metadata={"help": "Decay a step of teacher_adapter='ema': teacher = decay*teacher + (1-decay)*student."},
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PrivilegedGKDConfig:
+        self = super().__new__(cls)
+        names = [f.name for f in fields(cls) if f.init]
+        passed = {**dict(zip(names, args)), **kwargs}
+        if passed.keys() >= set(names):
+            passed = {f.name: passed[f.name] for f in fields(cls) if f.init and passed[f.name] != _default_of(f)}
+        self.__dict__.update(_given=frozenset(passed), _automatic={})  # before __init__ fills the defaults in
+        return self
+
+    @property
+    def given(self) -> frozenset[str]:
+        return self.__dict__["_given"]
+
+    @given.setter
+    def given(self, names: Iterable[str]) -> None:
+        self.__dict__["_given"] = frozenset(names)
+
+    @property
+    def automatic(self) -> dict[str, tuple[Any, str]]:
+        return self.__dict__["_automatic"]
+
+    def is_open(self, name: str) -> bool:
+        """Whether nobody gave this field: not when the settings were made, nor by assignment since."""
+        if name in self.given:
+            return False
+        default = next(_default_of(f) for f in fields(self) if f.name == name)
+        return bool(getattr(self, name) == self.automatic.get(name, (default,))[0])
+
+    def choose(self, name: str, value: Any, reason: str) -> None:
+        """Set a field that nobody gave, and remember why."""
+        setattr(self, name, value)
+        self.automatic[name] = (value, reason)
 
     def __post_init__(self) -> None:
         for name in ("lmbda", "beta"):
@@ -358,6 +405,10 @@ class PrivilegedGKDConfig(GKDConfig):
         if self.skip_first_tokens:
             extras.append(f"without the first {self.skip_first_tokens} tokens")
         return ", ".join([f"beta={self.beta:g}: {words}", *extras]) + "; mean over completion tokens, in nats"
+
+
+def _default_of(f: Any) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
 def compute_dtype() -> torch.dtype:

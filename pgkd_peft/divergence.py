@@ -49,6 +49,11 @@ class Divergence:
     top1_agreement: Tensor
     sampled_logprob: Tensor | None
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What is measured of every token, by the names of the log."""
+        names = ("divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
 
 def linear_jsd(
     student_hidden: Tensor,

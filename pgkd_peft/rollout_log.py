@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from .rollout import generate
 from .rows import Row
 from .trace import append_traces, trace_rows
-
-if TYPE_CHECKING:
-    from .trainer import PrivilegedSelfDistillTrainer
 
 LOG_FILE = "completions.jsonl"
 
@@ -26,7 +23,7 @@ class RolloutLogCallback(TrainerCallback):
     prompt with its current weights, the teacher reads the prompt with PI.
     """
 
-    def __init__(self, trainer: PrivilegedSelfDistillTrainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

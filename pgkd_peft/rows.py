@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ class Row:
     def kept(self) -> list[int]:
         """The completion tokens that count in the loss."""
         return self.completion[self.keep]
+
+    def answered(self, completion: list[int], stop_ids: Sequence[int]) -> Row:
+        """The same prompts with a completion that was written in this step."""
+        return replace(self, completion=completion, generated=True, truncated=completion[-1] not in stop_ids)
 
     @property
     def length(self) -> int:

@@ -133,7 +133,7 @@ class AverageCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             lost = self.trainer.teacher.average.update()
-            self.trainer.add_to_log("ema_cut_off", lost)
+            self.trainer.meters.add("train", ema_cut_off=lost)
 
 
 def check_same_vocabulary(

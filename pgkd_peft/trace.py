@@ -22,13 +22,12 @@ from .scoring import score_teacher
 
 if TYPE_CHECKING:
     from .model.head import Head
-    from .trainer import PrivilegedSelfDistillTrainer
 
 TRACE_FILE = "traces.jsonl"
 TOP = 5
 
 
-def trace_rows(trainer: PrivilegedSelfDistillTrainer, rows: Sequence[Row], *, top: int = TOP) -> list[dict[str, Any]]:
+def trace_rows(trainer: Any, rows: Sequence[Row], *, top: int = TOP) -> list[dict[str, Any]]:
     """What happens at each completion token of `rows`, with the weights as they are now.
 
     Costs one forward without gradient of the student and one of the teacher over these rows, and the head over their
@@ -68,9 +67,7 @@ def trace_rows(trainer: PrivilegedSelfDistillTrainer, rows: Sequence[Row], *, to
 
 
 @torch.no_grad()
-def hidden_of_both(
-    trainer: PrivilegedSelfDistillTrainer, rows: Sequence[Row]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def hidden_of_both(trainer: Any, rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The student's and the teacher's hidden states (N, D) at every completion token of each row."""
     own = [dataclasses.replace(row, teacher_prompt=row.prompt, keep=slice(None), teacher_hidden=None) for row in rows]
     better = [dataclasses.replace(row, keep=slice(None), teacher_hidden=None) for row in rows]
@@ -87,9 +84,7 @@ def hidden_of_both(
 
 
 @torch.no_grad()
-def token_divergence(
-    trainer: PrivilegedSelfDistillTrainer, student: torch.Tensor, teacher: torch.Tensor, *, beta: float
-) -> torch.Tensor:
+def token_divergence(trainer: Any, student: torch.Tensor, teacher: torch.Tensor, *, beta: float) -> torch.Tensor:
     """The loss's divergence (N,) in nats, without its clip; `beta` 0 is KL(teacher || student)."""
     args, head, teacher_head = trainer.args, trainer.head, trainer.teacher_head
     return linear_jsd(
@@ -111,7 +106,7 @@ def token_divergence(
 
 @torch.no_grad()
 def _candidates(
-    trainer: PrivilegedSelfDistillTrainer, hidden: torch.Tensor, head: Head, completion: list[int], top: int
+    trainer: Any, hidden: torch.Tensor, head: Head, completion: list[int], top: int
 ) -> tuple[list[float], list[list[list[Any]]]]:
     """Each token's own probability, and the likeliest tokens there as [text, probability]."""
     own: list[float] = []

@@ -2,56 +2,48 @@
 
 The way of one optimizer step, top to bottom:
 
-    get_batch_samples   collator batches -> rows; the student writes completions (rollout.py), the teacher reads them
-                        after its own prompt (scoring.py); completion tokens are counted over the whole step
-    training_step       one micro-batch: forward and backward of the student
-    compute_loss        student's hidden states against the teacher's, through the head (divergence.py)
+    get_batch_samples      rows of the step; the student writes completions (rollout.py), the teacher reads them after
+                           its own prompt (scoring.py); completion tokens are counted over the whole step
+    training_step          one micro-batch: forward and backward of the student
+    compute_loss           student's hidden states against the teacher's, through the head (divergence.py)
+
+Shapes: N kept completion tokens of a micro-batch, D hidden width.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import itertools
 import textwrap
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
+from .automatic import choose_placement, settle_privileged_length, settle_training, start_block
+from .base_trainer import RunTrainer
 from .config import PrivilegedGKDConfig
-from .data.check import checked_rows
+from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
 from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError, explained
-from .evaluation.gap_callback import EvaluationMixin
-from .model.adapters import STUDENT
-from .model.frozen import FrozenCheck, ProbeCallback
 from .model.head import Head
 from .model.load import base_of
-from .model.student import build_student, find_tokenizer
+from .model.student import build_student, context_length, find_tokenizer, hidden_size
 from .rollout import generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .rows import Row, pack, rows_of
-from .run.checkpoint import explain_full_disk, find_checkpoint, replacing
-from .run.console import show_log_lines
+from .run.console import logger, show_log_lines
 from .run.health import HealthCallback
-from .run.info import RunInfo
-from .run.interrupt import interruptible
 from .run.memory import memory_for
-from .run.meters import means_of
-from .run.place import locked
-from .run.resume import CheckpointMixin
 from .scoring import add_hidden_states_forward, score_teacher, without_padding
 from .teacher import (
     AverageCallback,
@@ -62,16 +54,21 @@ from .teacher import (
     starting_adapter_warning,
     teacher_tokenizer,
 )
-from .trl_compat import keep_adapter, refuse_sharding, without_input_casts, without_migration_advice
-
-logger = logging.getLogger(__name__)
+from .trl_compat import (
+    keep_adapter,
+    refuse_sharding,
+    release_shared_teacher,
+    runs_under_autocast,
+    without_input_casts,
+    without_migration_advice,
+)
 
 
 class NonFiniteLossError(PGKDError):
     """The loss is NaN or infinite; the batch was saved for inspection."""
 
 
-class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer):
+class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
     """On-policy self-distillation with privileged information (PI).
 
     The student answers the conversation; the teacher, by default the same base with the adapter switched off, reads
@@ -96,8 +93,6 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
             model is loaded.
     """
 
-    args: PrivilegedGKDConfig
-    model: PeftModel
     _tag_names = ["trl", "pgkd", "privileged-gkd", "self-distillation"]  # noqa: RUF012
     _name = "Privileged GKD"
     _paper = {  # noqa: RUF012
@@ -110,7 +105,174 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
                 eprint = {arXiv:2601.18734},
             }"""),
     }
+    teacher: Teacher
+    last_rows: list[Row]  # of the newest step
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
+
+    # ---- one optimizer step ------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """All micro-batches of one optimizer step: written, read by the teacher, and counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        rows = [row for batch in batches for row in rows_in(batch)]
+        rows = self.roll_out_and_score(rows, on_policy=self.on_policy_step())
+        tokens = torch.tensor(sum(len(row.kept) for row in rows), device=device)
+        return self.micro_batches(rows, len(batches)), self.accelerator.gather(tokens).sum()
+
+    def on_policy_step(self) -> bool:
+        """One draw an optimizer step, the same on every rank."""
+        generator = window_generator(self.args.seed, self.state.global_step, 0)
+        return bool(torch.rand((), generator=generator) < self.lmbda)
+
+    def roll_out_and_score(self, rows: list[Row], *, on_policy: bool, stream: int = 0) -> list[Row]:
+        """Rollouts where this step calls for them, then the teacher's hidden states of every completion.
+
+        Args:
+            stream: of random numbers; evaluation batches of one step each have their own.
+        """
+        args, mode = self.args, self._mode
+        with memory_for("rollout"), self.meters.timed(mode, "rollout"):
+            if on_policy or self.seq_kd:
+                rows = self.roll_out(rows, teacher_writes=not on_policy, stream=stream)
+        for row in rows:
+            skip_all = args.mask_truncated_completions and row.truncated
+            row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
+        with memory_for("teacher"), self.meters.timed(mode, "teacher"), self.teacher.weights() as teacher:
+            score_teacher(teacher, rows, self.pad_id)
+        self.last_rows = rows
+        self.meters.add(
+            mode,
+            windows=1,
+            rows=len(rows),
+            on_policy=on_policy * len(rows),
+            generated=sum(row.generated for row in rows),
+            truncated=sum(row.truncated for row in rows),
+            completion_tokens=sum(len(row.completion) for row in rows),
+            privileged_rows=sum(row.has_privileged for row in rows),
+            privileged_tokens_cut=sum(row.privileged_tokens_cut for row in rows),
+        )
+        return rows
+
+    def roll_out(self, rows: list[Row], *, teacher_writes: bool, stream: int = 0) -> list[Row]:
+        """One generation call for all rows of the step; ``num_generations`` completions a prompt."""
+        args, copies = self.args, self.args.num_generations
+        seeds = (args.seed, self.state.global_step, 1 + self.accelerator.process_index, *([stream] if stream else []))
+        with self.teacher.weights() if teacher_writes else self.student_weights() as model:
+            completions = generate(
+                model,
+                [row.teacher_prompt if teacher_writes else row.prompt for row in rows],
+                copies=copies,
+                max_new_tokens=args.max_new_tokens,
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+                temperature=args.temperature,
+                generator=window_generator(*seeds),
+            )
+        sources = [row for row in rows for _ in range(copies)]
+        return [row.answered(ids, self.stop_ids) for row, ids in zip(sources, completions)]
+
+    def micro_batches(self, rows: list[Row], count: int) -> list[dict[str, Any]]:
+        """Deal the rows out over the micro-batches, rows of like length together. The sum over the step stays."""
+        rows = sorted(rows, key=lambda row: row.length)
+        bounds = [i * len(rows) // count for i in range(count + 1)]
+        return [self.batch_of(rows[first:last]) for first, last in itertools.pairwise(bounds)]
+
+    def batch_of(self, rows: list[Row]) -> dict[str, Any]:
+        """What the student reads (:func:`pgkd_peft.rows.pack`), with the rows themselves."""
+        prompts, device = [row.prompt for row in rows], self.args.device
+        kept_ids_N = torch.tensor([token for row in rows for token in row.kept], dtype=torch.long, device=device)
+        batch = pack(prompts, rows, self.pad_id, device, flat=without_padding(self.model))
+        return {**batch, "kept_ids": kept_ids_N, "rows": rows}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, at most ``per_device_train_batch_size`` rows at a time."""
+        if "input_ids" not in inputs:  # called from outside the training loop, with a batch of the collator
+            model.train()
+            inputs = self.batch_of(self.roll_out_and_score(rows_in(inputs), on_policy=self.on_policy_step()))
+        rows: list[Row] = inputs["rows"]
+        if num_items_in_batch is None:
+            num_items_in_batch = sum(len(row.kept) for row in rows)
+        size = self.args.per_device_train_batch_size
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        total = torch.zeros((), device=self.args.device)
+        autocast = runs_under_autocast(self.accelerator, self.model)
+        step = SFTTrainer.training_step  # GKDTrainer's own would roll out once more
+        with (
+            memory_for("student"),
+            self.meters.timed("train", "student"),
+            without_input_casts(self.model, autocast=autocast),
+        ):
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    total += step(self, model, inputs if len(parts) == 1 else self.batch_of(part), num_items_in_batch)
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the divergence over this batch's kept completion tokens, divided by those of the optimizer step.
+
+        `inputs` is a micro-batch of :meth:`get_batch_samples`, or a batch of the collator, whose reference answers are
+        then scored as they are. In nats a token.
+        """
+        if "input_ids" not in inputs:
+            inputs = self.batch_of(self.roll_out_and_score(rows_in(inputs), on_policy=False))
+        rows: list[Row] = inputs["rows"]
+        args, head, teacher_head = self.args, self.head, self.teacher_head
+        student_ND = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs.get("attention_mask"),
+            position_ids=inputs["position_ids"],
+            hidden_mask=inputs["hidden_mask"],
+        )
+        teacher_ND = torch.cat([row.teacher_hidden for row in rows if row.kept] or [student_ND.detach()])
+        result = linear_jsd(
+            student_ND,
+            teacher_ND.detach() * (teacher_head.scale / head.scale),  # one scale serves both sides of the kernel
+            head.weight,
+            head_bias=head.bias,
+            teacher_head_weight=teacher_head.weight,
+            teacher_head_bias=teacher_head.bias,
+            beta=self.beta,
+            temperature=args.loss_temperature,
+            normalize=args.normalize_beta,
+            softcap=head.softcap,
+            logit_scale=head.scale,
+            clip=args.divergence_clip,
+            clip_mode=args.divergence_clip_mode,
+            top_k=args.loss_top_k,
+            sampled_ids=inputs["kept_ids"],
+            chunk_mib=args.loss_chunk_mib,
+        )
+        total = result.divergence.sum() + student_ND.sum() * 0.0  # in the graph even without a kept token
+        if num_items_in_batch is None:
+            loss = total / max(1, len(student_ND))
+        else:  # DDP averages the gradients of ranks; the count is over all of them
+            count = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+            loss = total / count * self.accelerator.num_processes
+        self.finite &= torch.isfinite(loss.detach())
+        self.meters.add(self._mode, loss_tokens=len(student_ND), **result.statistics())
+        return (loss, {"divergence": result.divergence.detach()}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Divergence on held-out rows: on the student's rollouts when ``lmbda=1``, else on the reference answers."""
+        self._evaluated += 1
+        with torch.no_grad():
+            rows = self.roll_out_and_score(rows_in(inputs), on_policy=self.lmbda == 1.0, stream=self._evaluated)
+            loss = self.compute_loss(model, self.batch_of(rows))
+        self.stop_if_not_finite()
+        return loss.detach(), None, None
+
+    # ---- around the step ---------------------------------------------------------------------------------------
 
     def __init__(
         self,
@@ -129,7 +291,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         formatting_func: Callable | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
     ):
-        # 1. What was passed, checked before anything is loaded.
+        # What was passed, checked before anything is loaded.
         if model is None:
             raise ConfigError("no model was given; pass a path, a Hub id or a loaded model.")
         args = args if args is not None else PrivilegedGKDConfig(output_dir="privileged-gkd-model")
@@ -141,28 +303,38 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
         tokenizer = find_tokenizer(model, processing_class, args)
-        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args)
+        context = context_length(model, args)
+        many = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        settle_privileged_length(args, tokenizer, [train_dataset, *many], context)
+        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
         train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
-        if eval_dataset is not None:
-            many = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-            many = {key: checked_rows(dataset, collator, args, key)[0] for key, dataset in many.items()}
-            eval_dataset = many if isinstance(eval_dataset, dict) else many["eval_dataset"]
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: checked_rows(rows, collator, args, key)[0] for key, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = checked_rows(eval_dataset, collator, args, "eval_dataset")[0]
 
-        # 2. One base, one adapter that trains, and perhaps another teacher.
+        # One base, one adapter that trains, and perhaps another teacher.
         set_seed(args.seed)
         student, loaded = build_student(model, args, peft_config, quantization_config)
-        separate = (
-            None if args.share_student_as_teacher else build_separate_teacher(teacher_model, args, quantization_config)
-        )
-        add_hidden_states_forward(base_of(student))
-        if separate is not None:
+        separate = None
+        if not args.share_student_as_teacher:
+            separate = build_separate_teacher(teacher_model, args, quantization_config)
             check_same_vocabulary(student, separate, tokenizer, teacher_tokenizer(teacher_model, args))
-            add_hidden_states_forward(base_of(separate))
+        for each in (student, separate) if separate is not None else (student,):
+            add_hidden_states_forward(base_of(each))
+        teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
         self.head = Head(student)
-        self.teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
-        self.teacher_head = Head(separate if separate is not None else student, teacher=self.teacher.which)
+        self.teacher_head = Head(separate if separate is not None else student, teacher=teacher.which)
+        if (
+            data_collator is None
+            and report is not None
+            and choose_placement(args, tokenizer, train_dataset, teacher, self.teacher_head)
+        ):
+            collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
+            train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
+        settle_training(args, hidden_size(student), report.rows if report else None)
 
-        # 3. TRL's trainers around them, without what they would change.
+        # TRL's trainers around them, without what they would change.
         advice = without_migration_advice("trl.experimental.gkd.gkd_trainer")
         with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args), advice:
             super().__init__(
@@ -177,118 +349,44 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        if separate is None:  # TRL prepared the teacher; this one is the student and is prepared when training starts
-            self.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-            self.accelerator._models.clear()
-            student._is_accelerate_prepared = False  # else training gets neither DDP nor autocast
+        if separate is None:
+            release_shared_teacher(self.accelerator, student)
         else:
-            self.teacher.separate = self.teacher_model
+            teacher.separate = self.teacher_model  # as accelerate has prepared it
         refuse_sharding(self.accelerator)
-
-        # 4. What a step needs.
+        self.teacher = teacher
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
         self.pad_id = tokenizer.pad_token_id
-        self.frozen = FrozenCheck(student, self.teacher)
-        self.run_info = RunInfo(self, loaded, report)
+        self.last_rows = []
+        self.finite = torch.ones((), dtype=torch.bool, device=args.device)  # no loss of the step is NaN or infinite
+        self._evaluated = 0  # batches of this evaluation
         self._engine: RolloutEngine | None = None
-        self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self.last_rows: list[Row] = []
-        self.add_callback(ProbeCallback(self.frozen))
+        self.start_run(collator, loaded, report)
+        self._watch(loaded, report)
+
+    def _watch(self, loaded: str, report: DataReport | None) -> None:
+        """The callbacks of a step, and what is said before the first one."""
+        args, collator = self.args, self.contexts
+        self.add_callback(StepEnd(self))
         self.health = HealthCallback(self)
         self.add_callback(self.health)
         if self.teacher.average is not None:
             self.add_callback(AverageCallback(self))
         if args.rollout_log_steps:
             self.add_callback(RolloutLogCallback(self))
-
         note = collator.builder.placement_note if isinstance(collator, DataCollatorForPrivilegedGKD) else None
         summary = report.summary() if report else "the rows are checked one by one when their turn comes"
-        for line in (loaded, summary, note, args.divergence_in_words()):
+        for line in (loaded, summary, note, start_block(args.automatic), args.divergence_in_words()):
             if line:
                 self.say(line)
-        if separate is None and args.teacher_adapter == "disabled":
-            warning = starting_adapter_warning(student)
+        if self.teacher.separate is None and args.teacher_adapter == "disabled":
+            warning = starting_adapter_warning(self.model)
             if warning:
                 logger.warning(warning)
 
-    def say(self, line: str) -> None:
-        """One line of the run's own log, on the main process alone."""
-        if self.is_world_process_zero():
-            logger.info(line)
-
-    # ---- one optimizer step ------------------------------------------------------------------------------------
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """All micro-batches of one optimizer step: written, read by the teacher, and counted."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        rows = [row for batch in batches for row in rows_of(batch)]
-        rows = self.write_and_read(rows, on_policy=self._draw_on_policy())
-        tokens = torch.tensor(sum(len(row.kept) for row in rows), device=device)
-        tokens = self.accelerator.gather(tokens).sum()
-        return self._micro_batches(rows, len(batches)), tokens
-
-    def _draw_on_policy(self) -> bool:
-        """One draw an optimizer step, the same on every rank."""
-        generator = window_generator(self.args.seed, self.state.global_step, 0)
-        return bool(torch.rand((), generator=generator) < self.lmbda)
-
-    def write_and_read(self, rows: list[Row], *, on_policy: bool) -> list[Row]:
-        """Rollouts where this step calls for them, then the teacher's hidden states of every completion."""
-        args, sums = self.args, self._sums[self._mode()]
-        start = time.perf_counter()
-        if on_policy or self.seq_kd:
-            with memory_for("rollout"):
-                rows = self._roll_out(rows, teacher_writes=not on_policy)
-        for row in rows:
-            skip_all = args.mask_truncated_completions and row.truncated
-            row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
-        written = time.perf_counter()
-        with memory_for("teacher"), self.teacher.weights() as teacher:
-            score_teacher(teacher, rows, self.pad_id)
-        self.last_rows = rows
-
-        sums["seconds_rollout"] += written - start
-        sums["seconds_teacher"] += time.perf_counter() - written
-        sums["windows"] += 1
-        sums["rows"] += len(rows)
-        sums["on_policy"] += on_policy * len(rows)
-        sums["generated"] += sum(row.generated for row in rows)
-        sums["truncated"] += sum(row.truncated for row in rows)
-        sums["completion_tokens"] += sum(len(row.completion) for row in rows)
-        sums["privileged_rows"] += sum(row.has_privileged for row in rows)
-        sums["privileged_tokens_cut"] += sum(row.privileged_tokens_cut for row in rows)
-        return rows
-
-    def _roll_out(self, rows: list[Row], *, teacher_writes: bool) -> list[Row]:
-        """One generation call for all rows of the step; ``num_generations`` completions a prompt."""
-        args, copies = self.args, self.args.num_generations
-        source = self.teacher.weights() if teacher_writes else self.engine.model()
-        with source as model:
-            completions = generate(
-                model,
-                [row.teacher_prompt if teacher_writes else row.prompt for row in rows],
-                copies=copies,
-                max_new_tokens=args.max_new_tokens,
-                stop_ids=self.stop_ids,
-                pad_id=self.pad_id,
-                temperature=args.temperature,
-                generator=window_generator(args.seed, self.state.global_step, 1 + self.accelerator.process_index),
-            )
-        stops = set(self.stop_ids)
-        return [
-            Row(
-                rows[i // copies].prompt,
-                rows[i // copies].teacher_prompt,
-                completion,
-                rows[i // copies].has_privileged,
-                rows[i // copies].privileged_tokens_cut,
-                generated=True,
-                truncated=completion[-1] not in stops,
-            )
-            for i, completion in enumerate(completions)
-        ]
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     @property
     def engine(self) -> RolloutEngine:
@@ -299,187 +397,75 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
             self.say(f"rollouts by the {self._engine.name} engine ({self._engine.reason})")
         return self._engine
 
-    def _micro_batches(self, rows: list[Row], count: int) -> list[dict[str, Any]]:
-        """Deal the rows out over the micro-batches, rows of like length together. The sum over the step stays."""
-        rows = sorted(rows, key=lambda row: row.length)
-        size = -(-len(rows) // count)
-        parts = [rows[i * size : (i + 1) * size] for i in range(count)]
-        return [self._tensors(part) for part in parts]
+    def student_weights(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """The student as a model that answers: the rollout engine's, where there is or will be one."""
+        if self._engine is None and self.lmbda == 0:  # no second copy of the weights for an evaluation alone
+            return super().student_weights()
+        return self.engine.model()
 
-    def _tensors(self, rows: list[Row]) -> dict[str, Any]:
-        if not rows:
-            return {"rows": rows}
-        batch: dict[str, Any] = pack(
-            [row.prompt for row in rows], rows, self.pad_id, self.args.device, flat=without_padding(self.model)
-        )
-        batch["rows"] = rows
-        return batch
+    def stop_if_not_finite(self) -> None:
+        """The step's one look at its losses: no rank goes on when one of them cannot.
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro-batch, at most ``per_device_train_batch_size`` rows at a time."""
-        if "rows" not in inputs:  # called from outside the training loop, with a batch of the collator
-            model.train()
-            on_policy = bool(
-                torch.rand((), generator=window_generator(self.args.seed, self.state.global_step, 0)) < self.lmbda
-            )
-            inputs = self._tensors(self.write_and_read(rows_of(inputs), on_policy=on_policy))
-        start = time.perf_counter()
-        rows: list[Row] = inputs["rows"]
-        if num_items_in_batch is None:
-            num_items_in_batch = sum(len(row.kept) for row in rows)
-        size = self.args.per_device_train_batch_size
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)] or [[]]
-        total = torch.zeros((), device=self.args.device)
-        autocast = self.accelerator.native_amp and hasattr(self.model, "_original_forward")
-        with memory_for("student"), without_input_casts(self.model, autocast=autocast):
-            for i, part in enumerate(parts):
-                last = i == len(parts) - 1
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                    batch = inputs if len(parts) == 1 else self._tensors(part)
-                    total += SFTTrainer.training_step(self, model, batch, num_items_in_batch)
-        self._sums["train"]["seconds_student"] += time.perf_counter() - start
-        return total
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Sum of the divergence over this batch's kept completion tokens, divided by those of the optimizer step.
-
-        `inputs` is a micro-batch of :meth:`get_batch_samples`, or a batch of the collator, whose reference answers are
-        then scored as they are. In nats a token.
+        Raises:
+            NonFiniteLossError: a loss was NaN or infinite; on the rank that it happened on, the rows were saved.
         """
-        if "rows" not in inputs:
-            inputs = self._tensors(self.write_and_read(rows_of(inputs), on_policy=False))
-        rows: list[Row] = inputs["rows"]
-        args, head, teacher_head = self.args, self.head, self.teacher_head
-        if not rows:
-            return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
-        hidden = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs.get("attention_mask"),
-            position_ids=inputs["position_ids"],
-            hidden_mask=inputs["hidden_mask"],
-        )  # (N, D)
-        teacher_hidden = torch.cat([row.teacher_hidden for row in rows if row.kept] or [hidden.detach()])
-        tokens = torch.tensor([t for row in rows for t in row.kept], device=hidden.device, dtype=torch.long)
-        result = linear_jsd(
-            hidden,
-            teacher_hidden.detach() * (teacher_head.scale / head.scale),
-            head.weight,
-            head_bias=head.bias,
-            teacher_head_weight=teacher_head.weight,
-            teacher_head_bias=teacher_head.bias,
-            beta=self.beta,
-            temperature=args.loss_temperature,
-            normalize=args.normalize_beta,
-            softcap=head.softcap,
-            logit_scale=head.scale,
-            clip=args.divergence_clip,
-            clip_mode=args.divergence_clip_mode,
-            top_k=args.loss_top_k,
-            sampled_ids=tokens,
-            chunk_mib=args.loss_chunk_mib,
-        )
-        total = result.divergence.sum() + hidden.sum() * 0.0  # in the graph even without a kept token
-        if num_items_in_batch is None:
-            loss = total / max(1, len(tokens))
-        else:
-            loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
-            if args.average_tokens_across_devices:  # DDP averages the gradients of ranks; the count is over all of them
-                loss = loss * self.accelerator.num_processes
-        self._stop_if_not_finite(loss, rows)
-        self._record(result, len(tokens))
-        return (loss, {"divergence": result.divergence.detach()}) if return_outputs else loss
-
-    def _stop_if_not_finite(self, loss: torch.Tensor, rows: list[Row]) -> None:
-        if torch.isfinite(loss):
+        everywhere = self.accelerator.gather(self.finite.float()).min()
+        if everywhere.item():
             return
-        path = self.run_info.save_batch(rows, self.processing_class)
+        place = "on another rank"
+        if not self.finite.item():
+            place = f"in {self.run_info.save_batch(self.last_rows, self.processing_class)}"
         raise NonFiniteLossError(
-            f"the loss is {loss.item()} at step {self.state.global_step}. The batch is in {path}. The last checkpoint "
+            f"the loss is NaN or infinite at step {self.state.global_step}. The batch is {place}. The last checkpoint "
             "is sound; lower learning_rate, or look for non-finite weights in the adapter it started from."
         )
 
-    # ---- what is measured --------------------------------------------------------------------------------------
+    def get_train_dataloader(self) -> Any:
+        with self._rows_collated(self.train_dataset):
+            return super().get_train_dataloader()
 
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        self._evaluated = 0
+        with self._rows_collated(self.eval_dataset if eval_dataset is None else eval_dataset):
+            return super().get_eval_dataloader(eval_dataset)
 
-    def _record(self, result: Any, tokens: int) -> None:
-        sums = self._sums[self._mode()]
-        sums["loss_tokens"] += tokens
-        for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement"):
-            sums[name] += getattr(result, name).detach().sum().item()
-        if result.sampled_logprob is not None:
-            sums["sampled_logprob"] += result.sampled_logprob.sum().item()
+    @contextlib.contextmanager
+    def _rows_collated(self, dataset: Any) -> Iterator[None]:
+        """Loaders made inside give rows instead of padded tensors, which would go to the device and straight back.
 
-    def add_to_log(self, name: str, value: float) -> None:
-        """Add to a sum whose mean over optimizer steps is logged."""
-        self._sums["train"][name] += value
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was measured since the last log: means over tokens, rows or optimizer steps, over all ranks."""
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        sums = self._sums[mode]
-        names = sorted(sums)
-        if self.accelerator.num_processes > 1 and names:
-            values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
-            gathered = self.accelerator.gather(values[None]).sum(0).tolist()
-            sums = defaultdict(float, zip(names, gathered))
-        prefix = "eval_" if mode == "eval" else ""
-        for name, value in means_of(sums).items():
-            logs.setdefault(prefix + name, value)
-        self._sums[mode] = defaultdict(float)
-        super().log(logs, start_time)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor, None, None]:
-        """Divergence on held-out rows: on the student's rollouts when ``lmbda=1``, else on the reference answers."""
-        on_policy = self.lmbda == 1.0
-        with torch.no_grad():
-            batch = self._tensors(self.write_and_read(rows_of(inputs), on_policy=on_policy))
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, batch)
-        return loss.detach(), None, None
-
-    # ---- files -------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; the run folder then holds ``run.json``, and the base is proven unchanged at the end.
-
-        Args:
-            resume_from_checkpoint: True for the last whole checkpoint of the run folder, or a checkpoint's folder. The
-                run then goes on as if it had not been interrupted: the same data, rollouts, dropout and losses.
-
-        Raises:
-            RunInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
-            CheckpointError: a checkpoint cannot be written, or the one to resume from is damaged or of another base.
-            FrozenBaseError, NonFiniteLossError: see there.
+        Not those of streams: accelerate splits a stream's batches between ranks as tensors.
         """
-        run_dir = str(self.args.output_dir)
-        checkpoint = find_checkpoint(run_dir, resume_from_checkpoint)
-        with explain_full_disk(run_dir), locked(run_dir), interruptible(self), self.run_info.recording():
-            result = super().train(checkpoint, *args, **kwargs)
-            self.frozen.verify("at the end of training", probe=True)
-        return result
+        collator = self.data_collator
+        if not isinstance(dataset, IterableDataset):
+            self.data_collator = _RowCollator(collator)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter, the tokenizer with its chat template, and the model card; the base is checked first."""
-        run_dir = str(self.args.output_dir)
-        output_dir = output_dir or run_dir
-        self.frozen.verify(f"when saving {Path(output_dir).name}")
-        if not self.args.should_save:
-            return
-        with replacing(output_dir) if self._staging is None else contextlib.nullcontext(output_dir) as folder:
-            self.model.save_pretrained(folder, selected_adapters=[STUDENT])
-            self.processing_class.save_pretrained(folder)
-            self.run_info.write(folder)
-        card = Path(run_dir) / "README.md"
-        self.create_model_card(model_name=(self.args.hub_model_id or Path(run_dir).name).split("/")[-1])
-        if card.is_file() and Path(output_dir) != card.parent:
-            (Path(output_dir) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+
+class StepEnd(TrainerCallback):
+    """Before the optimizer moves the weights: no loss was NaN, and the teacher's states of the step are let go."""
+
+    def __init__(self, trainer: PrivilegedSelfDistillTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.stop_if_not_finite()
+        for row in self.trainer.last_rows:
+            row.teacher_hidden = None
+
+
+class _RowCollator:
+    """A collator's rows as lists of ids; a class, so that loader processes can be started with it."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, rows: list[Any]) -> dict[str, list[Row]]:
+        return {"rows": rows_of(self.collator(rows))}
+
+
+def rows_in(batch: dict[str, Any]) -> list[Row]:
+    """The rows of what a loader gives: made by :class:`_RowCollator`, or a collator's padded tensors."""
+    return batch["rows"] if "rows" in batch else rows_of(batch)

@@ -1,18 +1,93 @@
-"""What TRL's constructors would do to a QLoRA student that is its own teacher, held back; what cannot work, refused."""
+"""All that is known of the insides of TRL, Transformers, accelerate and PEFT, in one place.
+
+``INSIDES`` names each private attribute that the package reads, sets or overrides, with the version it was read in; a
+contract test looks for every one, so that a new release that drops it fails by name and not in somebody's run.
+What TRL's constructors would do to a QLoRA student that is its own teacher is held back here; what cannot work is
+refused.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .config import PrivilegedGKDConfig
 from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A private attribute of another library.
+
+    Attributes:
+        owner: dotted path of the class or module.
+        name: the attribute; an instance's own is looked for in the source of its class.
+        read_in: the version in which it was read.
+        why: what the package needs it for.
+    """
+
+    owner: str
+    name: str
+    read_in: str
+    why: str
+
+
+INSIDES = (
+    Inside("transformers.Trainer", "_get_output_dir", "5.23.0", "checkpoints are written beside their place"),
+    Inside("transformers.Trainer", "_push_from_checkpoint", "5.23.0", "pushed once it is whole"),
+    Inside("transformers.Trainer", "_save_checkpoint", "5.23.0", "whole or absent"),
+    Inside("transformers.Trainer", "_save", "5.23.0", "the base is checked before its adapter is written"),
+    Inside("transformers.Trainer", "_load_from_checkpoint", "5.23.0", "the run that it belongs to"),
+    Inside("transformers.Trainer", "_load_rng_state", "5.23.0", "damage is explained"),
+    Inside("transformers.Trainer", "_load_optimizer_and_scheduler", "5.23.0", "damage is explained"),
+    Inside("transformers.Trainer", "_tr_loss", "5.23.0", "exact resume between two logs"),
+    Inside("transformers.Trainer", "_total_loss_scalar", "5.23.0", "exact resume between two logs"),
+    Inside("transformers.Trainer", "_globalstep_last_logged", "5.23.0", "exact resume between two logs"),
+    Inside("transformers.trainer", "DEFAULT_PROGRESS_CALLBACK", "5.23.0", "the live view takes its place"),
+    Inside("accelerate.Accelerator", "_models", "1.15.0", "TRL prepares the shared base as a teacher"),
+    Inside("accelerate.Accelerator", "_is_accelerate_prepared", "1.15.0", "TRL prepares the shared base as a teacher"),
+    Inside("accelerate.Accelerator", "_original_forward", "1.15.0", "whether autocast wraps the forward"),
+    Inside("peft.tuners.lora.LoraLayer", "cast_input_dtype_enabled", "0.21.0", "no casts under autocast"),
+    Inside("peft.tuners.tuners_utils.BaseTunerLayer", "merged_adapters", "0.21.0", "nothing merges into the base"),
+    Inside("peft.tuners.tuners_utils.BaseTunerLayer", "adapter_layer_names", "0.21.0", "which tensors are its own"),
+    Inside("transformers.PreTrainedConfig", "_attn_implementation", "5.23.0", "which attention a model runs"),
+    Inside("argparse.ArgumentParser", "_action_groups", "3.11", "the method's own settings stand first in --help"),
+    Inside("argparse.ArgumentParser", "_group_actions", "3.11", "the method's own settings stand first in --help"),
+    Inside("peft.tuners.lora.LoraLayer", "lora_variant", "0.21.0", "what the merged copy cannot add"),
+)
+
+
+def log_progress(trainer: Any) -> dict[str, Any]:
+    """What Transformers has summed up since its last log; it saves none of it."""
+    return {"loss": trainer._tr_loss.item(), "last_logged": trainer._globalstep_last_logged}
+
+
+def set_log_progress(trainer: Any, progress: dict[str, Any]) -> None:
+    """Go on from what :func:`log_progress` gave."""
+    trainer._tr_loss = torch.tensor(progress["loss"], device=trainer.args.device)
+    trainer._total_loss_scalar = -progress["loss"]  # train_loss is about the steps of this call alone
+    trainer._globalstep_last_logged = progress["last_logged"]
+
+
+def release_shared_teacher(accelerator: Any, student: nn.Module) -> None:
+    """Undo that TRL prepared the student as a teacher: else accelerate takes it for prepared when training starts, and
+    it gets neither DDP nor autocast."""
+    accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    accelerator._models.clear()
+    student._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+def runs_under_autocast(accelerator: Any, model: nn.Module) -> bool:
+    """Whether accelerate has wrapped the model's forward into autocast."""
+    return bool(accelerator.native_amp) and hasattr(model, "_original_forward")
 
 
 @contextlib.contextmanager

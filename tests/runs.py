@@ -68,7 +68,7 @@ def die() -> None:
 
 def arm(trainer: Any, phase: str, step: int) -> None:
     """Kill this process (or do `phase`'s harm) when optimizer step `step` (from 0) gets there."""
-    import pgkd_peft.run.resume as resume
+    import pgkd_peft.base_trainer as base_trainer
     import pgkd_peft.trainer as module
 
     def hook(owner: Any, name: str, after: bool = False) -> None:
@@ -95,9 +95,9 @@ def arm(trainer: Any, phase: str, step: int) -> None:
     elif phase == "save":  # adapter written, optimizer not
         hook(trainer, "_save_optimizer_and_scheduler")
     elif phase == "rename":  # all written, not in its place
-        hook(resume, "publish")
+        hook(base_trainer, "publish")
     elif phase == "renamed":
-        hook(resume, "publish", after=True)
+        hook(base_trainer, "publish", after=True)
     elif phase in ("sigterm", "sigint", "sighup", "nohup"):
         if phase == "nohup":
             signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -6,7 +6,8 @@ from tiny import save_tiny, tiny_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pgkd_peft import PrivilegedGKDConfig, attention
+from pgkd_peft import PrivilegedGKDConfig
+from pgkd_peft.model import cpu as attention
 from pgkd_peft.model.cpu import CPU_ATTENTION, use_short_backward
 from pgkd_peft.model.student import load_quantized
 

@@ -14,7 +14,7 @@ import yaml
 from tiny import ROWS, TINY_RUN, save_tiny
 
 import pgkd_peft
-from pgkd_peft.cli import main as cli
+from pgkd_peft import cli
 from pgkd_peft.cli.arguments import Parser, lora_config, parse_train
 from pgkd_peft.cli.eval import EvalArguments
 from pgkd_peft.cli.recipes import purpose, recipes
@@ -66,7 +66,7 @@ def python(*args, **env):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from pgkd_peft.cli import main as cli; assert cli.main(['--help']) == 0; assert cli.main([]) == 0;"
+        "import sys; from pgkd_peft import cli; assert cli.main(['--help']) == 0; assert cli.main([]) == 0;"
         "assert cli.main(['--version']) == 0; assert cli.main(['no-such-command']) == 2;"
         "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'peft'} & set(sys.modules)))"
     )

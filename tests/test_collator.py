@@ -110,7 +110,7 @@ def test_student_prompt_and_completion_are_the_conversation(template, placement)
 
 
 def test_pi_over_budget_is_counted_in_the_batch():
-    batch = collator(max_privileged_length=20)(ROWS)
+    batch = collator(max_privileged_length=20, allow_privileged_cut=True)(ROWS)
     assert batch["privileged_tokens"].tolist() == [20, 18, 0, 19]
     assert batch["privileged_tokens_cut"].tolist() == [21, 0, 0, 0]
 
@@ -346,7 +346,12 @@ CONVERSATION = st.builds(
 PRIVILEGED = st.none() | TEXT | st.lists(TURN, max_size=3)
 SHARED = {
     placement: collator(
-        TOOLS, pad_is_eos=True, max_length=None, max_privileged_length=9, privileged_placement=placement
+        TOOLS,
+        pad_is_eos=True,
+        max_length=None,
+        max_privileged_length=9,
+        allow_privileged_cut=True,
+        privileged_placement=placement,
     )
     for placement in ("messages", "user", "system")
 }

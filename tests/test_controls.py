@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import ROWS, TINY_RUN, byte_tokenizer, save_tiny
 
-from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig
-from pgkd_peft.cli import main as cli
+from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig, cli
 from pgkd_peft.data.files import to_dataset
 from pgkd_peft.errors import ConfigError, DataError
 from pgkd_peft.evaluation.controls import CONTROLS, check_controls, control_rows, control_settings, deranged
@@ -158,7 +157,7 @@ def test_sft_learns_the_answer_and_nothing_else(llama_path, make_config):
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in ROWS:
-            encoded = trainer.context_collator.encode(row)
+            encoded = trainer.contexts.encode(row)
             prompt, answer = encoded["student_ids"], encoded["completion_ids"]
             logits = trainer.model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
             for t, token in enumerate(answer):

@@ -391,7 +391,7 @@ def test_templates_are_sandboxed(attack):
 
 def test_a_report_on_good_rows():
     rows = [*ROWS, row("u:The secret is here.", pi="secret is here"), row("u:a <|im_end|> b", pi="a")]
-    c = collator(max_privileged_length=20)
+    c = collator(max_privileged_length=20, allow_privileged_cut=True)
     report = validate_rows(rows, c)
     assert report.rows == 6
     assert report.kept == list(range(6))

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from tiny import ROWS
 
-from pgkd_peft.cli import main as cli
+from pgkd_peft import cli
 from pgkd_peft.cli.arguments import TRAIN_ARGUMENTS, Parser
 from pgkd_peft.cli.eval import EvalArguments
 
@@ -224,7 +224,7 @@ def test_api_reference_has_all_public_names():
 def templates() -> list[str]:
     """Every string of the package, with … where a value stands."""
     found = []
-    for path in (ROOT / "pgkd_peft").glob("*.py"):
+    for path in (ROOT / "pgkd_peft").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]

@@ -25,8 +25,7 @@ from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 from trl.experimental.gkd import GKDConfig
 
 import pgkd_peft
-from pgkd_peft import PrivilegedGKDConfig
-from pgkd_peft.cli import main as cli
+from pgkd_peft import PrivilegedGKDConfig, cli
 from pgkd_peft.errors import REASON_LENGTH, ConfigError, ModelError, RunFinished, explained, reason
 from pgkd_peft.inherited import HARMLESS, RANGES, REFUSED, USED
 from pgkd_peft.run.place import LOCK_FILE, check_writable, locked
@@ -754,7 +753,9 @@ def test_broken_files_of_a_run_folder(place, tmp_path, says, capsys, name, text)
 def test_paths_with_spaces_can_be_pasted(place, tmp_path, capsys):
     folder = tmp_path / "my run"
     assert cli.main(["train", "--config", place.recipe, "--output_dir", str(folder), "--max_steps", "1"]) == 0
-    assert f"pgkd eval '{folder}'    pgkd merge '{folder}' --out '{folder}-merged'" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"pgkd eval '{folder}'\n" in out
+    assert f"pgkd merge '{folder}' --out '{folder}-merged'\n" in out
 
 
 # ---- G: one process a folder -----------------------------------------------------------------------------------------

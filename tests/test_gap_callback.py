@@ -18,13 +18,12 @@ from safetensors.torch import load_file
 from tiny import ROWS, TINY_RUN, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from pgkd_peft import RecoveredGapCallback
-from pgkd_peft.cli import main as cli
+from pgkd_peft import RecoveredGapCallback, cli
+from pgkd_peft.base_trainer import GAP_METRICS as METRICS
 from pgkd_peft.cli.arguments import parse_train
 from pgkd_peft.cli.train import evaluation_callbacks
 from pgkd_peft.errors import ConfigError, DataError
 from pgkd_peft.evaluation.answers import evaluate, measure_drift
-from pgkd_peft.evaluation.gap_callback import METRICS
 
 HELD_OUT = ROWS[:3]
 NEUTRAL = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello there", "One and two?", "Why")]

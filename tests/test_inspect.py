@@ -27,7 +27,9 @@ from pgkd_peft.view.inspect import (
 
 @pytest.fixture
 def collator():
-    return DataCollatorForPrivilegedGKD(byte_tokenizer(), max_length=600, max_privileged_length=20)
+    return DataCollatorForPrivilegedGKD(
+        byte_tokenizer(), max_length=600, max_privileged_length=20, allow_privileged_cut=True
+    )
 
 
 def config(tmp_path, **settings):

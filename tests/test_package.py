@@ -56,7 +56,7 @@ def test_the_wheel_has_all_that_runs_and_nothing_else(built):
     names = set(zipfile.ZipFile(built[1]).namelist())
     for name in ("py.typed", "assets/report/template.html", "assets/data/facts_train.jsonl", "assets/data/README.md"):
         assert f"pgkd_peft/{name}" in names, name
-    modules = {f"pgkd_peft/{path.name}" for path in (ROOT / "pgkd_peft").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pgkd_peft").rglob("*.py")}
     recipes = {f"pgkd_peft/assets/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert len(modules) > 50
     assert len(recipes) > 3

@@ -125,8 +125,8 @@ def test_last_step_is_the_worst_case(make_config, tmp_path):
     seen = []
 
     class Watched(ProbeTrainer):
-        def write_and_read(self, rows, *, on_policy):
-            rows = super().write_and_read(rows, on_policy=on_policy)
+        def roll_out_and_score(self, rows, *, on_policy):
+            rows = super().roll_out_and_score(rows, on_policy=on_policy)
             seen.append((list(self.stop_ids), sorted(len(row.teacher_prompt) for row in rows), rows))
             return rows
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from test_conversations import QWEN3
 from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 
-from pgkd_peft import DataCollatorForPrivilegedGKD
-from pgkd_peft.cli import main as cli
+from pgkd_peft import DataCollatorForPrivilegedGKD, cli
 from pgkd_peft.cli.recipes import copy, listing, purpose, recipes
 from pgkd_peft.data.check import validate_rows
 from pgkd_peft.data.columns import ColumnMap

@@ -406,8 +406,8 @@ def test_a_separate_teacher_may_be_wider(tmp_path, quantization):
     kinds = {type(m).__name__ for m in trainer.teacher.separate.modules()}
     assert ("Linear4bit" in kinds) == (quantization == "nf4")
     trainer.train()
+    (row,) = trainer.roll_out_and_score(trainer.last_rows[:1], on_policy=False)
     with trainer.teacher.weights() as teacher, torch.no_grad():
-        row = trainer.last_rows[0]
         ids = torch.tensor([row.teacher_prompt + row.completion])
         hidden = teacher(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]  # (T, D), after the last norm
         expected = hidden[len(row.teacher_prompt) - 1 : -1]

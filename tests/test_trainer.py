@@ -79,7 +79,7 @@ def test_rows_in_one_line_are_scored_as_rows_under_each_other(make_trainer, monk
         trainer = make_trainer(kind=kind, config={"lmbda": 0.0, "per_device_train_batch_size": 4})
         perturb(trainer.model)
         rows = rows_of(trainer.data_collator(ROWS))
-        shape = trainer._tensors(rows)["input_ids"].shape
+        shape = trainer.batch_of(rows)["input_ids"].shape
         assert shape == ((1, sum(r.length for r in rows)) if flat else (len(rows), max(r.length for r in rows)))
         results.append(one_step(trainer))
     padded, packed = results
@@ -129,7 +129,7 @@ def test_num_generations_counts_every_rollout(make_trainer):
     trainer = make_trainer(config={"num_generations": 3, "per_device_train_batch_size": 4})
     perturb(trainer.model)
     batch = trainer.data_collator(ROWS)
-    rows = trainer.write_and_read(rows_of(batch), on_policy=True)
+    rows = trainer.roll_out_and_score(rows_of(batch), on_policy=True)
     assert [row.prompt for row in rows] == [row.prompt for row in rows_of(batch) for _ in range(3)]
     assert len({tuple(row.completion) for row in rows[:3]}) > 1
     # the prefill that the copies share gives what a whole forward gives
@@ -149,7 +149,7 @@ def test_skipped_and_truncated_tokens_do_not_count(make_trainer):
     _, out = trainer.compute_loss(trainer.model.eval(), dict(batch), return_outputs=True)
     assert len(out["divergence"]) == every - sum(min(3, int(n)) for n in batch["completion_mask"].sum(1))
     trainer = make_trainer(config={"lmbda": 1.0, "mask_truncated_completions": True, "max_new_tokens": 2})
-    rows = trainer.write_and_read(rows_of(batch), on_policy=True)
+    rows = trainer.roll_out_and_score(rows_of(batch), on_policy=True)
     assert any(row.truncated for row in rows)
     assert all((not row.kept) == row.truncated for row in rows)
 
@@ -165,7 +165,7 @@ def test_teacher_writes_from_its_own_context_under_seq_kd(make_trainer):
     trainer = make_trainer(config={"lmbda": 0.0, "seq_kd": True, "temperature": 0.0, "max_new_tokens": 6})
     perturb(trainer.model, 0.5)
     batch = trainer.data_collator(ROWS[:2])
-    rows = trainer.write_and_read(rows_of(batch), on_policy=False)
+    rows = trainer.roll_out_and_score(rows_of(batch), on_policy=False)
     for row in rows:
         ids = list(row.teacher_prompt)
         with trainer.model.disable_adapter(), torch.no_grad():
@@ -191,7 +191,7 @@ def test_lmbda_is_drawn_once_a_step_and_again_alike(make_trainer):
     def draws():
         for step in range(200):
             trainer.state.global_step = step
-            yield trainer._draw_on_policy()
+            yield trainer.on_policy_step()
 
     first = list(draws())
     assert first == list(draws())
@@ -318,7 +318,7 @@ def test_generation_config_of_the_model_does_not_change_sampling(make_trainer):
         for name, value in settings.items():
             setattr(model.generation_config, name, value)
         trainer = make_trainer(model=model, tokenizer=byte_tokenizer(), config={"max_new_tokens": 24})
-        return [r.completion for r in trainer.write_and_read(rows_of(trainer.data_collator(ROWS)), on_policy=True)]
+        return [r.completion for r in trainer.roll_out_and_score(rows_of(trainer.data_collator(ROWS)), on_policy=True)]
 
     assert sample() == sample(repetition_penalty=5.0, top_k=1, top_p=0.1, temperature=0.01, do_sample=False)
 
@@ -332,7 +332,7 @@ def test_stop_ids_are_the_union(make_trainer):
 
 def test_privileged_text_over_budget_is_cut_and_counted(make_trainer):
     rows = [{**ROWS[0], "privileged_messages": [{"role": "user", "content": "x" * 300}]}]
-    trainer = make_trainer(rows=rows, config={"max_privileged_length": 40, "lmbda": 0.0})
+    trainer = make_trainer(rows=rows, config={"max_privileged_length": 40, "allow_privileged_cut": True, "lmbda": 0.0})
     batch = trainer.data_collator(rows)
     assert int(batch["privileged_tokens_cut"].sum()) == 260
     assert ROWS[0]["messages"][0]["content"] in trainer.processing_class.decode(batch["teacher_prompts"][0])

@@ -47,6 +47,17 @@ class DataArguments:
         default=None, metadata={"help": "Data to evaluate on when it is not a split of dataset_name."}
     )
     eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on the first n held-out rows only."})
+    holdout_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows with PI to keep from training and judge on, where neither eval_dataset_name nor a test split "
+            "of the data gives any; whole groups go (group_key, else equal PI). Default: a tenth, at most 64; 0: none."
+        },
+    )
+    group_key: str | None = field(
+        default=None,
+        metadata={"help": "Column whose equal values mark rows that belong together: held out, and drawn, together."},
+    )
     scorer: str | None = field(
         default=None,
         metadata={
@@ -89,12 +100,15 @@ class DataArguments:
     resume: bool = field(default=False, metadata={"help": "Continue the run in output_dir from its last checkpoint."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run that is in output_dir, and start anew."})
     told: dict[str, Any] = field(init=False, default_factory=dict)  # what recipe and flags said, and nothing else
+    held_out: dict[str, Any] = field(init=False, default_factory=dict)  # where the rows to judge on come from
 
     def __post_init__(self) -> None:
         self.columns = column_templates(self.columns)
         for name in ("eval_limit", "early_stopping_patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more, or left out")
+        if self.holdout_rows is not None and self.holdout_rows < 0:
+            raise ConfigError(f"holdout_rows is {self.holdout_rows}; it must be 0 (none) or more, or left out")
         if self.scorer is not None:
             make_scorer(self.scorer)
 
@@ -369,6 +383,7 @@ def parse_train(
     parser = Parser(TRAIN_ARGUMENTS, prog, description)
     data, model, config = parser.parse(argv)
     data.told = parser.told
+    config.given = parser.told
     missing = []
     if not model.model_name_or_path:
         missing.append("a model: --model_name_or_path PATH_OR_HUB_ID")

@@ -65,7 +65,7 @@ def find_controls(run: AdapterRun, names: Sequence[str]) -> list[ControlRun]:
         )
     if run.info.get("control"):
         raise ConfigError(f"{folder} is itself the control {run.info['control']!r}; give the folder of the run.")
-    recipe = ("--config", str(folder / RECIPE_FILE), "--output_dir", str(folder))
+    recipe = ("--config", str(folder / RECIPE_FILE), "--output_dir", str(folder), *chosen_flags(run.info))
     data, _, config = parse_train(recipe)
     rows, _ = load_datasets(data, config)
     if run.info.get("dataset_fingerprint") not in (None, fingerprint(rows, config.privileged_key)):
@@ -74,6 +74,12 @@ def find_controls(run: AdapterRun, names: Sequence[str]) -> list[ControlRun]:
             "now would differ from it by more than its name says. Bring the old data back, or train the run again."
         )
     return [_find(name, folder, data.told, rows, copy.copy(config), (*recipe, "--control", name)) for name in names]
+
+
+def chosen_flags(info: Mapping[str, Any]) -> list[str]:
+    """What was chosen for a run, as flags, so that its controls have it too."""
+    known = PrivilegedGKDConfig.__dataclass_fields__
+    return [f"--{name}={choice['value']}" for name, choice in info.get("automatic", {}).items() if name in known]
 
 
 def _find(

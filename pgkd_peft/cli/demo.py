@@ -55,7 +55,7 @@ def run(
     from ..evaluation.scorers import make_scorer
     from ..view.report import write_report
     from .arguments import parse_train
-    from .eval import add_drift, answers_table, recovered_line, update_card, write_results
+    from .results import add_drift, answers_table, recovered_line, update_card, write_results
     from .train import train
 
     flags = ["--output_dir", output_dir, "--seed", str(seed), "--overwrite", str(overwrite)]

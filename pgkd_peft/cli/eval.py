@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import NoSplitError
+from ..data.holdout import trained_on
 from ..data.named import load_named, split_of
 from ..errors import ConfigError, DataError, read_text
 from ..evaluation.controls import CONTROLS, check_controls
+from ..evaluation.scorers import make_scorer
+from ..run.info import HOLDOUT_FILE, TRAINED_FILE
 from ..run.place import check_writable
 from .arguments import Parser, column_templates, read_recipe
+from .judge import add_nats, choose_scorer
+from .results import (
+    RESULTS_FILE,
+    add_drift,
+    answers_file,
+    control_summary,
+    show,
+    update_card,
+    write_results,
+)
 from .train import RECIPE_FILE, recipe_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from rich.table import Table
 
     from ..data.collator import DataCollatorForPrivilegedGKD
-    from ..evaluation.answers import Drift, Evaluation
+    from ..evaluation.answers import Evaluation
     from ..export.adapter import AdapterRun
 
-RESULTS_FILE = "eval_results.json"
-ANSWERS_FILE = "eval_answers.jsonl"
 
 DESCRIPTION = """Judge a trained adapter on rows that it was not trained on: how much of what the privileged information
 (PI) gives the base has the student taken up (the recovered gap), and how far has it moved from the base elsewhere."""
@@ -51,7 +61,7 @@ class EvalArguments:
         default=None,
         metadata={
             "help": "exact, contains, regex, numeric, choice, or module:function for one of your own. Default: that of "
-            "the run, else contains."
+            "the run, else contains where the rows have a reference."
         },
     )
     answer_key: str | None = field(
@@ -62,7 +72,8 @@ class EvalArguments:
         },
     )
     group_key: str | None = field(
-        default=None, metadata={"help": "Column that marks rows which belong together, for the bootstrap interval."}
+        default=None,
+        metadata={"help": "Column that marks rows which belong together, for the bootstrap. Default: that of the run."},
     )
     controls: list[str] | None = field(
         default=None,
@@ -81,8 +92,13 @@ class EvalArguments:
         default=None, metadata={"help": "Split of neutral_dataset_name. Default: that of the run, else train."}
     )
     text_file: str | None = field(default=None, metadata={"help": "A text whose perplexity is measured."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first n rows."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Length limit of an answer."})
+    limit: int | None = field(
+        default=None,
+        metadata={"help": "Only the first n rows. Such results never replace those of all rows."},
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Length limit of an answer. Default: that of the run."}
+    )
     hint_phrases: list[str] | None = field(
         default=None, metadata={"help": "Regular expressions of answers that speak of the hint, instead of the usual."}
     )
@@ -127,7 +143,6 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
 
     from ..data.check import validate_rows
     from ..evaluation.answers import HINT_PHRASES, evaluate, measure_drift, perplexity
-    from ..evaluation.scorers import check_scorable, make_scorer
     from ..export.adapter import read_run
     from ..model.adapters import adapter_state, load_adapter
     from .controls import find_controls
@@ -137,13 +152,17 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     out = Path(args.out or run.folder / RESULTS_FILE)
     check_writable(out, "--out", file=True)
     collator = collator_of(run)
-    take_from_recipe(args, run_recipe(run))
-    scorer = make_scorer(str(args.scorer), answer_key=str(args.answer_key))
-    rows = held_out_rows(run, args)
+    asked_for_groups = args.group_key is not None
+    take_from_run(args, run)
+    if args.scorer is not None:
+        make_scorer(args.scorer)
+    rows, all_rows = held_out_rows(run, args)
     validate_rows(rows, collator)
-    check_scorable(rows, scorer)
+    args.scorer, scorer = choose_scorer(args.scorer, rows, str(args.answer_key))
     if args.group_key is not None and any(args.group_key not in row for row in rows):
-        raise DataError(f"group_key is {args.group_key!r}, a column that the rows do not have")
+        if asked_for_groups:
+            raise DataError(f"group_key is {args.group_key!r}, a column that the rows do not have")
+        args.group_key = None
     neutral = None
     if args.neutral_dataset_name is not None:
         split = split_of(args.neutral_dataset_name, args.neutral_dataset_split or "train")
@@ -166,6 +185,8 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         "seed": args.seed,
     }
     result = evaluate(model, collator, rows, scorer, **settings)
+    add_nats(result, model, collator, args.group_key, args.seed)
+    result.extra["trained_on"] = trained_on(run_folder(run) / TRAINED_FILE, rows, privileged_key(run))
     if neutral is not None:
         add_drift(result, measure_drift(model, collator, neutral))
     if text is not None:
@@ -188,8 +209,14 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         result.extra["control"] = run.info["control"]
         console.print(f"[bold]This is the control {run.info['control']} of a run, not the run itself.[/]")
     told = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
-    write_results(result, out, told)
-    update_card(run.folder / "README.md", result, told)
+    if len(rows) < all_rows:
+        told["limit"] = len(rows)
+    written = write_results(result, out, told)
+    if written == out:
+        update_card(run.folder / "README.md", result, told)
+    else:
+        console.print(f"{out} holds the results of all rows and stays as it is, as does the model card.")
+    out = written
     console.print(f"Results: {out}; every answer: {answers_file(out)}")
     return 0
 
@@ -207,42 +234,56 @@ def text_ids(path: str, collator: DataCollatorForPrivilegedGKD) -> list[int]:
     return ids
 
 
-def add_drift(result: Evaluation, drift: Drift) -> None:
-    result.extra.update(drift=drift.kl, drift_details=asdict(drift))
-
-
-def control_summary(result: Evaluation) -> dict[str, Any]:
-    """Of a control what concerns its student: base and teacher are those of the run."""
-    summary = result.summary()
-    return {**summary, "columns": {"student": summary["columns"]["student"]}}
-
-
-def held_out_rows(run: AdapterRun, args: EvalArguments) -> list[Mapping[str, Any]]:
-    """The rows to judge on: those that were asked for, else the test split of the data that the run was told of."""
+def held_out_rows(run: AdapterRun, args: EvalArguments) -> tuple[list[Mapping[str, Any]], int]:
+    """The rows to judge on, and how many there are without ``--limit``: those that were asked for, else those that the
+    run held out, else the test split of its data, else (there is nothing better) those that it was trained on."""
     recipe = run_recipe(run)
-    name = args.dataset_name or recipe.get("eval_dataset_name") or recipe.get("dataset_name")
-    if name is None:
+    kept: Mapping[str, Any] = run.info.get("held_out") or {}
+    if args.dataset_name is None and kept.get("holdout_rows") and (run_folder(run) / HOLDOUT_FILE).is_file():
+        rows = list(load_named(str(run_folder(run) / HOLDOUT_FILE), privileged_key=privileged_key(run)))
+        return rows[: args.limit], len(rows)
+    name = args.dataset_name or kept.get("dataset_name") or recipe.get("eval_dataset_name")
+    if name is None and (name := recipe.get("dataset_name")) is None:
         raise ConfigError("nothing says which rows to judge on; give --dataset_name FILE")
-    split = args.dataset_split or split_of(name, recipe.get("dataset_test_split", "test"))
     columns = args.columns
-    if columns is None and name in (recipe.get("dataset_name"), recipe.get("eval_dataset_name")):
+    of_the_run = (recipe.get("dataset_name"), recipe.get("eval_dataset_name"), kept.get("dataset_name"))
+    if columns is None and name in of_the_run:
         columns = recipe.get("columns")
-    rows = load_named(
-        name,
-        split=split,
-        config_name=args.dataset_config or recipe.get("dataset_config"),
-        columns=columns if isinstance(columns, dict) else None,
-        privileged_key=privileged_key(run),
-    )
-    return list(rows)[: args.limit]
+    told = args.dataset_split or (kept.get("split") if name == kept.get("dataset_name") else None)
+    how: dict[str, Any] = {
+        "config_name": args.dataset_config or recipe.get("dataset_config"),
+        "columns": columns if isinstance(columns, dict) else None,
+        "privileged_key": privileged_key(run),
+    }
+    try:
+        rows = list(load_named(name, split=told or split_of(name, recipe.get("dataset_test_split", "test")), **how))
+    except NoSplitError:
+        if told is not None or args.dataset_name is not None:
+            raise
+        rows = list(load_named(name, split=recipe.get("dataset_train_split", "train"), **how))
+    return rows[: args.limit], len(rows)
 
 
-def take_from_recipe(args: EvalArguments, recipe: Mapping[str, Any]) -> None:
+def take_from_run(args: EvalArguments, run: AdapterRun) -> None:
     """What was not said is as the run had it, and else the usual."""
-    usual = {"scorer": "contains", "answer_key": "answer", "neutral_dataset_name": None, "neutral_dataset_split": None}
+    recipe = run_recipe(run)
+    usual = {
+        "scorer": None,
+        "answer_key": "answer",
+        "group_key": None,
+        "neutral_dataset_name": None,
+        "neutral_dataset_split": None,
+    }
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name) or value)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = int(run.info.get("config", {}).get("max_new_tokens") or 64)
+
+
+def run_folder(run: AdapterRun) -> Path:
+    """The folder of the run that an adapter folder, or a checkpoint, belongs to."""
+    return recipe_folder(run.folder) or run.folder
 
 
 def run_recipe(run: AdapterRun) -> dict[str, Any]:
@@ -262,6 +303,7 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
 
     source = run.folder if (run.folder / "tokenizer_config.json").is_file() else run.base
     names = ("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template")
+    names += ("allow_privileged_cut",)
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
     settings["max_length"] = None  # of an answer only the prompt is read here
     return DataCollatorForPrivilegedGKD(load_tokenizer(str(source)), **settings)
@@ -278,149 +320,3 @@ def load_student(run: AdapterRun) -> PeftModel:
     model = load_trained(run)
     check_base(model, run)
     return model
-
-
-LABELS = {
-    "base": "base",
-    "teacher": "base with PI (teacher)",
-    "student": "student",
-    "student_with_pi": "student with PI",
-}
-
-
-def show(result: Evaluation, console: Any, examples: int) -> None:
-    """The result table, the recovered gap, the controls, and a few answers side by side."""
-    from rich.table import Table
-
-    summary = result.summary()
-    table = Table(title=f"{result.n} held-out rows")
-    table.add_column("")
-    for name in ("score", "tokens", "cut off", "speaks of the hint", "PI 4-grams"):
-        table.add_column(name, justify="right")
-    for name, column in summary["columns"].items():
-        table.add_row(LABELS[name], f"{column['score']:.3f}", *details(column))
-    console.print(table)
-    console.print(recovered_line(summary))
-    if "drift" in summary:
-        moved = summary["drift_details"]
-        console.print(
-            f"drift: {summary['drift']:.4f} nats/token KL(base || student) over {moved['tokens']} tokens of "
-            f"{moved['prompts']} neutral prompts; top-1 agreement {moved['top1_agreement']:.3f}"
-        )
-    if "perplexity_base" in summary:
-        console.print(f"perplexity: base {summary['perplexity_base']:.2f}, student {summary['perplexity_student']:.2f}")
-    if "controls" in summary:
-        console.print(controls_table(summary))
-    if examples:
-        console.print(answers_table(result, examples))
-
-
-def details(column: Mapping[str, Any]) -> list[str]:
-    """Length and leakage of a column's answers, as the tables have them."""
-    return [
-        f"{column['length_tokens']:.1f}",
-        f"{column['truncated']:.2f}",
-        f"{column['hint_share']:.2f}",
-        "" if column["pi_overlap"] is None else f"{column['pi_overlap']:.2f}",
-    ]
-
-
-def controls_table(summary: Mapping[str, Any]) -> Table:
-    """The student of this run and those of its controls."""
-    from rich.table import Table
-
-    table = Table(title="Trained again with one thing taken away: the student's score")
-    table.add_column("")
-    names = ("score", "recovered gap", *(["drift"] if "drift" in summary else []))
-    for name in (*names, "tokens", "cut off", "of the hint", "4-grams"):
-        table.add_column(name, justify="right")
-    for name, of in {"this run": summary, **summary["controls"]}.items():
-        column = of["columns"]["student"]
-        cells = [f"{column['score']:.3f}", recovered_cell(of), *([f"{of['drift']:.4f}"] if "drift" in of else [])]
-        table.add_row(name, *cells, *details(column))
-    return table
-
-
-def recovered_cell(summary: Mapping[str, Any]) -> str:
-    """The recovered gap with its interval, as short as a table wants it."""
-    if summary["recovered"] is None:
-        return "no gap"
-    between = summary["recovered_interval"]
-    return f"{summary['recovered']:.2f}" + (f" ({between[0]:.2f} to {between[1]:.2f})" if between else "")
-
-
-def recovered_line(summary: Mapping[str, Any]) -> str:
-    if summary["recovered"] is None:
-        return "recovered gap: none to recover, the teacher with PI is not better than the base"
-    line = f"recovered gap: {summary['recovered']:.3f}"
-    if summary["recovered_interval"]:
-        low, high = summary["recovered_interval"]
-        groups = "" if summary["groups"] == summary["n"] else f" in {summary['groups']} groups"
-        level = summary["recovered_interval_level"]
-        line += f" ({level:.0%} interval {low:.2f} to {high:.2f}, n={summary['n']}{groups}, bootstrap)"
-    return line
-
-
-def answers_table(result: Evaluation, count: int) -> Table:
-    """`count` rows, spread over the set: prompt, base, teacher and student, with what was right in green."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from ..data.tokens import visible
-
-    table = Table(title="Answers side by side", show_lines=True)
-    table.add_column("prompt", ratio=3)
-    for name in result.answers:
-        table.add_column(LABELS[name], ratio=3)
-    step = max(1, result.n // count)
-    for i in list(range(0, result.n, step))[:count]:
-        cells = [
-            Text(visible(answers[i][:300]), style="green" if result.scores[name][i] >= 1 else "")
-            for name, answers in result.answers.items()
-        ]
-        table.add_row(Text(visible(result.prompts[i][-300:])), *cells)
-    return table
-
-
-def update_card(path: Path, result: Evaluation, settings: Mapping[str, Any]) -> None:
-    """Put the results into the model card, in place of those of the same scorer that it has; without a card nothing."""
-    if not path.is_file():
-        return
-    summary = result.summary()
-    title = f"## Evaluation ({settings['scorer']})"
-    lines = [title, "", f"{result.n} held-out rows, greedy, at most {settings['max_new_tokens']} tokens.", ""]
-    lines += ["| | score | tokens | speaks of the hint |", "|---|---|---|---|"]
-    for name, column in summary["columns"].items():
-        lines.append(
-            f"| {LABELS[name]} | {column['score']:.3f} | {column['length_tokens']:.1f} | {column['hint_share']:.2f} |"
-        )
-    lines += ["", recovered_line(summary).capitalize() + "."]
-    if summary.get("controls"):
-        lines += ["", "Trained again with one thing taken away:", ""]
-        lines += ["| | score | recovered gap | drift | tokens | speaks of the hint |", "|---|---|---|---|---|---|"]
-        for name, of in {"student": summary, **summary["controls"]}.items():
-            column = of["columns"]["student"]
-            moved = f"{of['drift']:.4f}" if "drift" in of else ""
-            lines.append(
-                f"| {f'{name}: {CONTROLS[name]}' if name in CONTROLS else 'this run'} | {column['score']:.3f} | "
-                f"{recovered_cell(of)} | {moved} | {column['length_tokens']:.1f} | {column['hint_share']:.2f} |"
-            )
-    if "drift" in summary:
-        lines += ["", f"Drift on neutral prompts: {summary['drift']:.4f} nats/token KL(base || student)."]
-    card = path.read_text(encoding="utf-8")
-    before, found, after = card.partition(title + "\n")
-    rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
-    path.write_text(f"{before.rstrip()}\n\n" + "\n".join(lines) + "\n" + rest, encoding="utf-8")
-
-
-def write_results(result: Evaluation, path: Path, settings: Mapping[str, Any]) -> None:
-    """The summary as JSON at `path`, and every answer beside it, one line a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result.summary(), **settings}, indent=2) + "\n", encoding="utf-8")
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records()]
-    answers_file(path).write_text("".join(lines), encoding="utf-8")
-
-
-def answers_file(results: Path) -> Path:
-    """Where the answers behind a results file lie."""
-    return results.with_name(ANSWERS_FILE) if results.name == RESULTS_FILE else results.with_suffix(".answers.jsonl")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PrivilegedGKDConfig
-from ..data.named import load_named, split_of
-from ..errors import ConfigError, RunFinished, explained
+from ..data.holdout import hold_out, write_rows, write_trained
+from ..data.named import load_named, own_held_out, split_of
+from ..errors import ConfigError, DataError, RunFinished, explained
 from ..run.checkpoint import ADAPTER_FILE, check_run_folder, clear_run_folder, explain_full_disk, finished_at
+from ..run.info import RUN_FILE
+from ..run.jsonl import read_json
 from ..run.place import locked
 from .arguments import (
     DataArguments,
@@ -22,6 +24,7 @@ from .arguments import (
     parse_train,
     quantization_config,
 )
+from .judge import judge
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 HOLDOUT_ROWS = 64
+ROLLOUT_LOG_STEPS = 25
 NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
 
 DESCRIPTION = """Train a LoRA adapter on one base model, so that it answers without privileged information (PI) as the
@@ -40,29 +44,42 @@ base answers with it. Any option can stand in a YAML recipe (--config), and over
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; the adapter, its model card and the logs are in `output_dir` afterwards."""
+    """Train, and judge on the held-out rows; adapter, model card, results and logs are in `output_dir` afterwards."""
     data, model, config = parse_train(argv, description=DESCRIPTION)
-    folder = shlex.quote(str(config.output_dir))
     try:
-        trainer = train(data, model, config)
+        trainer, held_out = run_training(data, model, config)
     except RunFinished as finished:
         print(finished)
         return 0
-    if trainer.is_world_process_zero():
-        print(f"\nThe adapter, its model card, run.json and the logs are in {config.output_dir}")
-        if data.control is not None:
-            run = shlex.quote(str(Path(str(config.output_dir)).parent.parent))
-            print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
-        else:
-            merged = shlex.quote(f"{config.output_dir}-merged")
-            print(f"Next: pgkd eval {folder}    pgkd merge {folder} --out {merged}")
+    if not trainer.is_world_process_zero():
+        return 0
+    folder = str(config.output_dir)
+    best = trainer.state.best_model_checkpoint
+    if config.load_best_model_at_end and best is not None:
+        print(f"\nBest checkpoint: {Path(best).name}, {config.metric_for_best_model} {trainer.state.best_metric:.4g}")
+    if held_out is not None and data.control is None:
+        judge(trainer, held_out, data)
+    print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
+    if data.control is not None:
+        run = shlex.quote(str(Path(folder).parent.parent))
+        print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
+    else:
+        print(f"Next: pgkd eval {shlex.quote(folder)}")
+        print(f"      pgkd merge {shlex.quote(folder)} --out {shlex.quote(folder.rstrip('/') + '-merged')}")
     return 0
 
 
 def train(
     data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
 ) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
-    """Load the data, train, save: the run itself, or the control of it that `data` names.
+    """:func:`run_training` without the held-out rows."""
+    return run_training(data, model, config, callbacks)[0]
+
+
+def run_training(
+    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
+) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
+    """Load the data, train, save: the run itself, or the control of it that `data` names; and its held-out rows.
 
     Nothing in the run folder changes before data, model and the checkpoint to go on from are accepted.
 
@@ -77,26 +94,29 @@ def train(
 
         control_settings(data.control, config)
     with explain_full_disk(config.output_dir), locked(config.output_dir):
-        return _train(data, model, config, callbacks or [])
+        return _run(data, model, config, callbacks or [])
 
 
-def _train(
+def _run(
     data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any]
-) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
+) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
     folder = Path(str(config.output_dir))
     checkpoint = check_run_folder(folder, resume=data.resume, overwrite=data.overwrite, clear=False)
     checkpoint = checkpoint or config.resume_from_checkpoint
-    if data.resume and checkpoint:
-        _stop_if_finished(folder, checkpoint, model, config)
+    if checkpoint:
+        choose_as_before(config, folder)
+        stop_if_finished(folder, checkpoint, model, config)
     train_dataset, held_out = load_datasets(data, config)
+    if config.is_open("rollout_log_steps"):
+        config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
-    from ..run.info import HOLDOUT_FILE
+    from ..run.info import HOLDOUT_FILE, TRAINED_FILE
     from ..view.progress import Watch
     from ..view.terminal import MetricsFileCallback, install
 
     callbacks = [*callbacks, *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
-    trainer.run_info.control = data.control
+    trainer.run_info.control, trainer.run_info.held_out = data.control, data.held_out
     trainer.add_callback(MetricsFileCallback())
     view = install(trainer)
 
@@ -105,12 +125,13 @@ def _train(
             clear_run_folder(folder)
         write_recipe(folder / RECIPE_FILE, data.told)
         write_holdout(folder / HOLDOUT_FILE, held_out)
+        write_trained(folder / TRAINED_FILE, train_dataset, config.privileged_key)
 
     trainer.run_info.when_begun.append(begin)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RunFinished:
-        if _is_saved(folder, Path(str(checkpoint))):
+        if is_saved(folder, Path(str(checkpoint))):
             raise
         logger.warning("All steps were trained, but the adapter was not saved; that is done now.")
         begin()
@@ -124,28 +145,24 @@ def _train(
     if config.push_to_hub:
         with explained(f"the run is in {folder}, but cannot be pushed to the Hub", ConfigError):
             trainer.push_to_hub(dataset_name=data.dataset_name)
-    return trainer
+    return trainer, held_out
 
 
-def _is_saved(folder: Path, checkpoint: Path) -> bool:
+def is_saved(folder: Path, checkpoint: Path) -> bool:
     """Whether the adapter of a run that has trained all its steps is in its folder as well."""
-    from ..run.jsonl import read_json
-
     last = folder / ADAPTER_FILE
     if not last.is_file():
         return False
-    return bool(read_json(folder / "run.json").get("finished")) or filecmp.cmp(last, checkpoint / ADAPTER_FILE, False)
+    return bool(read_json(folder / RUN_FILE).get("finished")) or filecmp.cmp(last, checkpoint / ADAPTER_FILE, False)
 
 
-def _stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, config: PrivilegedGKDConfig) -> None:
+def stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, config: PrivilegedGKDConfig) -> None:
     """Say so before data and model are loaded, where that is sure: the same base, and the adapter is there.
 
     Raises:
         RunFinished: the run is at its end.
     """
-    from ..run.jsonl import read_json
-
-    info = read_json(folder / "run.json")
+    info = read_json(folder / RUN_FILE)
     if (
         info.get("finished")
         and info.get("base_model") == model.model_name_or_path
@@ -154,6 +171,14 @@ def _stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, conf
         done = finished_at(folder, checkpoint, config)
         if done is not None:
             raise RunFinished(done)
+
+
+def choose_as_before(config: PrivilegedGKDConfig, folder: Path) -> None:
+    """A run that goes on keeps what was chosen for it when it began."""
+    for name, choice in read_json(folder / RUN_FILE).get("automatic", {}).items():
+        if name in PrivilegedGKDConfig.__dataclass_fields__ and config.is_open(name):
+            config.choose(name, choice["value"], choice["reason"])
+            config.given = config.given | {name}
 
 
 def make_trainer(
@@ -214,8 +239,10 @@ def evaluation_callbacks(data: DataArguments, config: PrivilegedGKDConfig, held_
 
 
 def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on (of a control: as it has them), and the held-out rows, where the arguments name them or
-    ``eval_strategy`` asks for them.
+    """The rows to train on (of a control: as it has them), and the rows to judge on; None where there are none.
+
+    Held out are the rows that the arguments name, else those that the data set brings with it, else some that are
+    split off before training; where they come from is noted in `data.held_out`.
 
     Raises:
         DataError: the data cannot be read or mapped.
@@ -232,28 +259,47 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
         )
 
     train_dataset = load(data.dataset_name, data.dataset_train_split)
+    if data.eval_dataset_name is not None:
+        name, split = data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split)
+        held_out: Dataset | None = load(name, split)
+        data.held_out = {"dataset_name": name, "split": split}
+    else:
+        train_dataset, held_out = _own_or_split_off(data, config, train_dataset, load)
+    if held_out is not None and data.eval_limit is not None:
+        held_out = held_out.select(range(min(data.eval_limit, len(held_out))))
     if data.control is not None:
         from ..evaluation.controls import control_rows
 
         train_dataset = control_rows(data.control, train_dataset, config)
-    if data.eval_dataset_name is not None:
-        held_out = load(data.eval_dataset_name, split_of(data.eval_dataset_name, data.dataset_test_split))
-    elif config.eval_strategy != "no":
-        held_out = load(data.dataset_name, data.dataset_test_split)
-    else:
-        return train_dataset, None
-    if data.eval_limit is not None:
-        held_out = held_out.select(range(min(data.eval_limit, len(held_out))))
     return train_dataset, held_out
 
 
+def _own_or_split_off(
+    data: DataArguments, config: PrivilegedGKDConfig, rows: Dataset, load: Callable[[str, str], Dataset]
+) -> tuple[Dataset, Dataset | None]:
+    """The held-out rows that the data set brings, or some of `rows`; and the rows that are left to train on."""
+    assert data.dataset_name is not None
+    if (own := own_held_out(data.dataset_name, data.dataset_test_split)) and data.holdout_rows is None:
+        try:
+            held_out = load(*own)
+        except DataError:
+            if "dataset_test_split" in data.told and config.eval_strategy != "no":
+                raise
+        else:
+            data.held_out = {"dataset_name": own[0], "split": own[1]}
+            config.automatic["held-out rows"] = (len(held_out), f"those of {own[0]}, split {own[1]}")
+            return rows, held_out
+    split = hold_out(rows, config.privileged_key, group_key=data.group_key, count=data.holdout_rows, seed=config.seed)
+    count = len(split.held_out) if split.held_out is not None else 0
+    data.held_out = {"holdout_rows": count}
+    config.automatic["held-out rows"] = (count, split.reason)
+    return split.train, split.held_out
+
+
 def write_holdout(path: Path, held_out: Dataset | None) -> None:
-    """The first held-out rows' conversations, on which a merge of this run is measured."""
-    if held_out is None or "messages" not in held_out.column_names:
-        return
-    rows = held_out.select(range(min(len(held_out), HOLDOUT_ROWS)))["messages"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    """The rows to judge on, of a large set the first; a merge of this run is measured on their conversations."""
+    if held_out is not None and "messages" in held_out.column_names:
+        write_rows(path, held_out.select(range(min(len(held_out), HOLDOUT_ROWS))))
 
 
 def write_recipe(path: Path, told: Mapping[str, Any]) -> None:

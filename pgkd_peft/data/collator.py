@@ -23,6 +23,10 @@ class RowTooLongError(DataError):
     """A conversation is longer than `max_length`. Nothing is ever cut from it."""
 
 
+class PrivilegedTooLongError(DataError):
+    """PI is longer than its budget, or than the model's context has room for. It is cut only where that is allowed."""
+
+
 class DataCollatorForPrivilegedGKD:
     """Turns rows into left-padded student and teacher prompts and right-padded completions.
 
@@ -44,6 +48,9 @@ class DataCollatorForPrivilegedGKD:
         max_privileged_length: budget in tokens for the PI text alone.
         privileged_placement: messages, user or system; see :class:`~pgkd_peft.data.contexts.ContextBuilder`.
         privileged_template: text template of the `user` and `system` placements.
+        allow_privileged_cut: cut PI that is over its budget at its end; otherwise such a row is an error.
+        context_length: positions that the model has, which prompt and answer must fit; None for no limit.
+        max_new_tokens: length of an answer that is yet to be written, for `context_length`.
 
     Raises:
         ConfigError, ModelError: a setting or the tokenizer cannot work.
@@ -58,11 +65,16 @@ class DataCollatorForPrivilegedGKD:
         max_privileged_length: int = 512,
         privileged_placement: str = "messages",
         privileged_template: str | None = None,
+        allow_privileged_cut: bool = False,
+        context_length: int | None = None,
+        max_new_tokens: int = 0,
     ):
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length}; give a number of tokens, or None for no limit")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.allow_privileged_cut = allow_privileged_cut
+        self.context_length, self.max_new_tokens = context_length, max_new_tokens
         self.builder = ContextBuilder(
             tokenizer,
             privileged_key=privileged_key,
@@ -76,7 +88,9 @@ class DataCollatorForPrivilegedGKD:
         self.end_of_turn_ids = self._tokenize(self.end_of_turn)
 
     @classmethod
-    def from_config(cls, tokenizer: Any, config: PrivilegedGKDConfig) -> DataCollatorForPrivilegedGKD:
+    def from_config(
+        cls, tokenizer: Any, config: PrivilegedGKDConfig, context_length: int | None = None
+    ) -> DataCollatorForPrivilegedGKD:
         """The collator with the settings of a :class:`~pgkd_peft.config.PrivilegedGKDConfig`.
 
         Raises:
@@ -89,6 +103,9 @@ class DataCollatorForPrivilegedGKD:
             max_privileged_length=config.max_privileged_length,
             privileged_placement=config.privileged_placement,
             privileged_template=config.privileged_template,
+            allow_privileged_cut=config.allow_privileged_cut,
+            context_length=context_length,
+            max_new_tokens=config.max_new_tokens if config.lmbda > 0 or config.seq_kd else 0,
         )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -136,24 +153,51 @@ class DataCollatorForPrivilegedGKD:
         }
 
     def check_length(self, encoded: dict[str, Any]) -> dict[str, Any]:
-        """Return what :meth:`encode` made if the conversation fits into `max_length`.
+        """Return what :meth:`encode` made if nothing of the row would be lost: the conversation fits into `max_length`,
+        the PI into its budget, and both prompts with an answer into the model's context.
 
         Raises:
-            RowTooLongError: it does not; nothing is cut.
+            RowTooLongError: the conversation does not fit; nothing of it is ever cut.
+            PrivilegedTooLongError: the PI does not.
         """
-        if self.max_length is None:
-            return encoded
         prompt, answer = len(encoded["student_ids"]), len(encoded["completion_ids"])
-        if prompt > self.max_length:
+        if self.max_length is not None and prompt > self.max_length:
             raise RowTooLongError(
                 f"the prompt has {prompt} tokens, max_length is {self.max_length}; raise max_length or shorten it"
             )
-        if prompt + answer > self.max_length:
+        if self.max_length is not None and prompt + answer > self.max_length:
             raise RowTooLongError(
                 f"prompt and answer have {prompt} + {answer} tokens, max_length is {self.max_length}; "
                 "raise max_length or shorten them"
             )
+        self._check_privileged(encoded["contexts"])
+        self._check_context(encoded)
         return encoded
+
+    def _check_privileged(self, contexts: Contexts) -> None:
+        if contexts.privileged_tokens_cut and not self.allow_privileged_cut:
+            total = contexts.privileged_tokens + contexts.privileged_tokens_cut
+            raise PrivilegedTooLongError(
+                f"the PI has {total} tokens, max_privileged_length is {self.builder.max_privileged_length}; raise it "
+                f"(--max_privileged_length {total}), shorten the PI, or let its end be cut (--allow_privileged_cut)"
+            )
+
+    def _check_context(self, encoded: dict[str, Any]) -> None:
+        if self.context_length is None:
+            return
+        prompt, teacher = len(encoded["student_ids"]), len(encoded["teacher_ids"])
+        answer = max(len(encoded["completion_ids"]), self.max_new_tokens)
+        room = f"the model's context (max_position_embeddings) is {self.context_length}"
+        if prompt + answer > self.context_length:
+            raise RowTooLongError(f"prompt and answer have {prompt} + {answer} tokens, {room}; shorten them")
+        if teacher + answer > self.context_length:
+            tokens = encoded["contexts"].privileged_tokens
+            fits = tokens - (teacher + answer - self.context_length)
+            cut = f", or let its end be cut (--max_privileged_length {fits} --allow_privileged_cut)" if fits > 0 else ""
+            raise PrivilegedTooLongError(
+                f"the teacher's prompt ({tokens} tokens of it PI) and the answer have {teacher} + {answer} tokens, "
+                f"{room}; shorten the PI or max_new_tokens{cut}"
+            )
 
     def _completion_ids(self, contexts: Contexts, prompt: str, prompt_ids: list[int]) -> list[int]:
         """The reference answer as the model would have to write it after the generation prompt."""

@@ -62,7 +62,7 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     if not files:
         named = set().union(*_SPLIT_NAMES.values(), wanted)
         if split != "train" or any(words[path] & named for path in found):
-            raise DataError(
+            raise NoSplitError(
                 f"{folder} has no file for the split {split!r}; it has: "
                 f"{', '.join(str(path.relative_to(folder)) for path in found)}"
             )
@@ -73,6 +73,10 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
             "may be copies of each other; name the file or keep one kind"
         )
     return files
+
+
+class NoSplitError(DataError):
+    """The data have no split of that name."""
 
 
 class BrokenRow(str):

@@ -17,6 +17,7 @@ from .columns import ColumnMap
 from .files import (
     SUFFIXES,
     BrokenRow,
+    NoSplitError,
     bad_rows_error,
     files_of_split,
     read_parquet,
@@ -103,7 +104,7 @@ def _load_local(path: Path, split: str, privileged_key: str | None) -> Dataset:
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
         if base != "train":
-            raise DataError(f"{path} is one file, so its only split is `train`; asked for was {split!r}")
+            raise NoSplitError(f"{path} is one file, so its only split is `train`; asked for was {split!r}")
         dataset = _read_files([path], privileged_key)
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         dataset = _load_saved(path, base)
@@ -143,7 +144,7 @@ def _load_saved(path: Path, split: str) -> Dataset:
         raise DataError(f"{path}: cannot be read as a saved data set: {reason(error)}") from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
-            raise DataError(f"{path} has no split {split!r}; it has: {', '.join(saved)}")
+            raise NoSplitError(f"{path} has no split {split!r}; it has: {', '.join(saved)}")
         return saved[split]
     return saved
 

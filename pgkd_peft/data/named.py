@@ -69,6 +69,17 @@ def data_path(name: str) -> str:
     return str(found[topic])
 
 
+def own_held_out(name: str, split: str) -> tuple[str, str] | None:
+    """Name and split under which a data set may bring held-out rows; None for one that is a single file.
+
+    ``builtin:facts`` brings ``builtin:facts_heldout``.
+    """
+    source, _, topic = name.partition(":")
+    if source == "builtin" and (shipped("data") / f"{topic}_heldout.jsonl").is_file():
+        return f"{name}_heldout", "train"
+    return None if Path(data_path(name)).is_file() else (name, split)
+
+
 def split_of(name: str, split: str) -> str:
     """`split`, or the one split that a single file has."""
     return "train" if Path(data_path(name)).is_file() else split

@@ -113,6 +113,7 @@ class Evaluation:
     interval: Interval | None = None
     phrases: tuple[str, ...] = HINT_PHRASES
     extra: dict[str, Any] = field(default_factory=dict)
+    completions: dict[str, list[list[int]]] = field(default_factory=dict)  # the answers' ids, end of turn included
 
     @property
     def n(self) -> int:
@@ -120,7 +121,7 @@ class Evaluation:
 
     def by_column(self) -> tuple[dict[str, list[Any]], ...]:
         """What is held by column."""
-        return self.answers, self.scores, self.lengths, self.truncated
+        return self.answers, self.scores, self.lengths, self.truncated, self.completions
 
     def score(self, column: str) -> float:
         """Mean score of a column."""
@@ -128,6 +129,8 @@ class Evaluation:
 
     @property
     def recovered(self) -> float | None:
+        if not self.scores:
+            return None
         return recovered_gap(self.score("base"), self.score("teacher"), self.score("student"))
 
     def summary(self) -> dict[str, Any]:
@@ -142,7 +145,7 @@ class Evaluation:
             "groups": interval.groups if interval else None,
             "columns": {
                 name: {
-                    "score": self.score(name),
+                    "score": self.score(name) if self.scores else None,
                     "length_tokens": float(np.mean(self.lengths[name])),
                     "truncated": float(np.mean(self.truncated[name])),
                     **leakage(answers, self.privileged, self.phrases),
@@ -169,7 +172,7 @@ def evaluate(
     model: nn.Module,
     collator: DataCollatorForPrivilegedGKD,
     rows: Sequence[Mapping[str, Any]],
-    scorer: Scorer,
+    scorer: Scorer | None,
     *,
     max_new_tokens: int = 64,
     columns: Sequence[str] = COLUMNS,
@@ -186,6 +189,7 @@ def evaluate(
         model: a PeftModel; the base is the model with its adapter disabled.
         collator: as in training: it places the PI.
         rows: held-out rows; the reference stands where the scorer looks for it.
+        scorer: None where there is nothing to score against: only answers, and no recovered gap.
         columns: which of :data:`COLUMNS`; base, teacher and student are needed for the recovered gap.
         group_key: column whose equal values mark rows that belong together, for the bootstrap.
         phrases: regular expressions of answers that speak of the hint, see :func:`leakage`.
@@ -214,7 +218,8 @@ def evaluate(
         assert column in COLUMNS, column
         if known is not None and column in ("base", "teacher"):
             for mine, theirs in zip(result.by_column(), known.by_column()):
-                mine[column] = theirs[column]
+                if column in theirs:
+                    mine[column] = theirs[column]
             continue
         prompts = [row["teacher_ids" if column in ("teacher", "student_with_pi") else "student_ids"] for row in encoded]
         own = column not in ("base", "teacher")
@@ -226,8 +231,11 @@ def evaluate(
         result.answers[column] = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
         result.lengths[column] = [len(ids) - end for ids, end in zip(completions, ended)]
         result.truncated[column] = [not end for end in ended]
+        result.completions[column] = completions
+        if scorer is None:
+            continue
         result.scores[column] = [scorer(answer, row) for answer, row in zip(result.answers[column], rows)]
-    if bootstrap_samples and {"base", "teacher", "student"} <= set(columns):
+    if scorer is not None and bootstrap_samples and {"base", "teacher", "student"} <= set(columns):
         result.interval = bootstrap_recovered(
             result.scores["base"],
             result.scores["teacher"],

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from transformers import TrainerCallback
 
+from ..base_trainer import GapCallback, RunTrainer
 from ..data.check import validate_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
 from .answers import Evaluation, continuations, evaluate, measure_drift, recovered_gap
 from .scorers import Scorer, check_scorable, make_scorer
 
-if TYPE_CHECKING:
-    from ..trainer import PrivilegedSelfDistillTrainer
-
 logger = logging.getLogger(__name__)
 
-METRICS = ("eval_recovered", "eval_student", "eval_base", "eval_teacher", "eval_drift")
 
-
-class RecoveredGapCallback(TrainerCallback):
+class RecoveredGapCallback(GapCallback):
     """Adds to every evaluation of the run what `pgkd eval` measures: ``eval_student``, ``eval_base`` and
     ``eval_teacher`` (mean scores of greedy answers), ``eval_recovered``, and with neutral rows ``eval_drift``.
 
@@ -65,13 +57,13 @@ class RecoveredGapCallback(TrainerCallback):
         self.known: Evaluation | None = None  # what base and teacher answer to this rank's rows
         self.neutral: list[tuple[list[int], list[int]]] | None = None
 
-    def prepare(self, trainer: PrivilegedSelfDistillTrainer) -> None:
+    def prepare(self, trainer: RunTrainer) -> None:
         """Let base and teacher answer.
 
         Raises:
             ConfigError: there is no gap, but the best checkpoint is to be chosen by it.
         """
-        collator = _collator(trainer)
+        collator = trainer.contexts
         if not isinstance(collator, DataCollatorForPrivilegedGKD):
             raise ConfigError(
                 f"RecoveredGapCallback needs the run's own collator, this is a {type(collator).__name__}; leave out "
@@ -107,7 +99,7 @@ class RecoveredGapCallback(TrainerCallback):
             if trainer.is_world_process_zero():
                 logger.warning("There is %s; eval_recovered is left out.", found)
 
-    def measure(self, trainer: PrivilegedSelfDistillTrainer) -> dict[str, float]:
+    def measure(self, trainer: RunTrainer) -> dict[str, float]:
         """The metrics of an evaluation, over the rows of all ranks."""
         if self.known is None:
             self.prepare(trainer)
@@ -120,38 +112,33 @@ class RecoveredGapCallback(TrainerCallback):
         if self.neutral is not None:
             kl = tokens = 0.0
             if self.neutral:
-                drift = measure_drift(trainer.model, _collator(trainer), continued=self.neutral)
+                drift = measure_drift(trainer.model, trainer.contexts, continued=self.neutral)
                 kl, tokens = drift.kl * drift.tokens, drift.tokens
             kl, tokens = _sums(trainer, [kl, tokens])
             metrics["eval_drift"] = kl / tokens
         return metrics
 
-    def _answer(self, trainer: PrivilegedSelfDistillTrainer, columns: Sequence[str]) -> Evaluation | None:
+    def _answer(self, trainer: RunTrainer, columns: Sequence[str]) -> Evaluation | None:
         """This rank's share of the rows, answered and scored; None without any."""
         rows = _share(trainer, self.rows)
         if not rows:
             return None
         return evaluate(
             trainer.model,
-            _collator(trainer),
+            trainer.contexts,
             rows,
             self.scorer,
             max_new_tokens=self.max_new_tokens or trainer.args.max_new_tokens,
             columns=columns,
             known=self.known,
             bootstrap_samples=0,
-            student=trainer.engine.model if hasattr(trainer, "engine") else None,
+            student=trainer.student_weights,
         )
 
     def _scores(self, trainer: Any, result: Evaluation | None, columns: Sequence[str]) -> dict[str, float]:
         """Mean score by column over the rows of all ranks; `result` has those of this rank."""
         own = [sum(result.scores[name]) if result is not None else 0.0 for name in columns]
         return {name: total / len(self.rows) for name, total in zip(columns, _sums(trainer, own))}
-
-
-def _collator(trainer: Any) -> Any:
-    """What makes both contexts of a row: the trainer's collator, unless it trains on something else."""
-    return getattr(trainer, "context_collator", trainer.data_collator)
 
 
 def _share(trainer: Any, rows: list[Any]) -> list[Any]:
@@ -163,66 +150,3 @@ def _sums(trainer: Any, values: Sequence[float]) -> list[float]:
     """The sum of each value over all ranks."""
     own = torch.tensor([values], dtype=torch.float64, device=trainer.args.device)
     return trainer.accelerator.gather(own).sum(0).tolist()
-
-
-class EvaluationMixin:
-    """The part of a trainer that makes evaluations leave no trace in the training, and lets
-    :class:`RecoveredGapCallback` take part in them; stands before the Transformers trainer."""
-
-    def _gap_callbacks(self) -> list[RecoveredGapCallback]:
-        return [c for c in self.callback_handler.callbacks if isinstance(c, RecoveredGapCallback)]  # type: ignore[attr-defined]
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]
-        metric = str(me.args.metric_for_best_model).removeprefix("eval_")
-        callbacks = self._gap_callbacks()
-        if f"eval_{metric}" in METRICS and not callbacks:
-            raise ConfigError(
-                f"metric_for_best_model is {me.args.metric_for_best_model!r}, which nothing measures: give a scorer "
-                "(--scorer contains), in Python callbacks=[RecoveredGapCallback(rows, scorer=...)]."
-            )
-        if metric == "drift" and not any(callback.neutral_rows for callback in callbacks):
-            raise ConfigError(
-                "metric_for_best_model is eval_drift, which is measured on neutral prompts: give "
-                "--neutral_dataset_name, in Python RecoveredGapCallback(..., neutral_rows=...)."
-            )
-        if me.args.eval_strategy != "no":
-            for callback in callbacks:
-                callback.prepare(me)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Transformers' own, with random state and train mode left as they were."""
-        with kept_random_state(), _kept_mode(self.model):  # type: ignore[attr-defined]
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        me: PrivilegedSelfDistillTrainer = self  # type: ignore[assignment]
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        several = list(me.eval_dataset) if isinstance(me.eval_dataset, dict) else []
-        if metric_key_prefix in ("eval", *(f"eval_{name}" for name in several[:1])):  # once an evaluation
-            for callback in self._gap_callbacks():
-                output.metrics.update(callback.measure(me))
-        return output
-
-
-@contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Put back every random state that training draws from: Transformers' evaluation alone takes a number from
-    torch's, with which a data loader seeds its workers."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def _kept_mode(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -363,19 +363,19 @@ class ProbeTrainer(PrivilegedSelfDistillTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(StepClock(self))
 
-    def _draw_on_policy(self) -> bool:
+    def on_policy_step(self) -> bool:
         return self.lmbda > 0  # every probe step pays for its rollouts; the estimate takes lmbda of them
 
-    def write_and_read(self, rows: list[Row], *, on_policy: bool) -> list[Row]:
+    def roll_out_and_score(self, rows: list[Row], **kwargs: Any) -> list[Row]:
         self.clock.restart()  # what came before belongs to no step
         if self.state.global_step == self.args.max_steps - 1:
             self.stop_ids = []
         with self.clock.phase("teacher"):
-            return super().write_and_read(rows, on_policy=on_policy)
+            return super().roll_out_and_score(rows, **kwargs)
 
-    def _roll_out(self, rows: list[Row], *, teacher_writes: bool) -> list[Row]:
+    def roll_out(self, rows: list[Row], **kwargs: Any) -> list[Row]:
         with self.clock.phase("rollout"):
-            return super()._roll_out(rows, teacher_writes=teacher_writes)
+            return super().roll_out(rows, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.phase("student"):

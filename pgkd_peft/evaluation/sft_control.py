@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, TrainerCallback, set_seed
-from trl import SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from ..automatic import settle_privileged_length, settle_training
+from ..base_trainer import RunTrainer
 from ..config import PrivilegedGKDConfig
 from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError, explained
-from ..model.adapters import STUDENT
-from ..model.frozen import FrozenCheck
-from ..model.student import build_student, find_tokenizer
+from ..model.student import build_student, context_length, find_tokenizer, hidden_size
 from ..run.console import show_log_lines
-from ..run.info import RunInfo
-from ..run.place import locked
 from ..trl_compat import keep_adapter
-from .gap_callback import EvaluationMixin
 
 
-class SFTControlTrainer(EvaluationMixin, SFTTrainer):
+class SFTControlTrainer(RunTrainer):
     """SFTTrainer that starts where :class:`~pgkd_peft.PrivilegedSelfDistillTrainer` starts: the same base (guarded
     against bitsandbytes' repacking on CPU), the same first LoRA weights in float32, the same rows in the same order.
     The loss is the mean cross-entropy of the reference answer's tokens after the student's prompt, the end of turn
@@ -47,11 +42,14 @@ class SFTControlTrainer(EvaluationMixin, SFTTrainer):
     ):
         show_log_lines(main_process=args.process_index == 0)
         tokenizer = find_tokenizer(model, None, args)
-        collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args)
+        context = context_length(model, args)
+        settle_privileged_length(args, tokenizer, [train_dataset, eval_dataset], context)
+        collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # the rows are tokens already, none of them too long
         rows, report = checked_rows(train_dataset, collator, args, "train_dataset")
         set_seed(args.seed)
         student, loaded = build_student(model, args, peft_config, quantization_config)
+        settle_training(args, hidden_size(student), len(rows))
         with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args):
             if args.disable_dropout:
                 disable_dropout_in_model(student)
@@ -63,9 +61,7 @@ class SFTControlTrainer(EvaluationMixin, SFTTrainer):
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
-        self.context_collator = collator
-        self.frozen = FrozenCheck(student)
-        self.run_info = RunInfo(self, loaded, report)
+        self.start_run(collator, loaded, report)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; ``run.json`` is written, and the base proven unchanged at the end.
@@ -75,17 +71,7 @@ class SFTControlTrainer(EvaluationMixin, SFTTrainer):
         """
         if resume_from_checkpoint:
             raise ConfigError("the control sft is not resumed, it starts anew: give --overwrite instead of --resume.")
-        with locked(str(self.args.output_dir)), self.run_info.recording():
-            result = super().train(None, *args, **kwargs)
-            self.frozen.verify("at the end of training")
-        return result
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        self.model.save_pretrained(folder, selected_adapters=[STUDENT])
-        self.processing_class.save_pretrained(folder)
-        self.run_info.write(folder)
-        self.create_model_card(model_name=Path(str(folder)).name)
+        return super().train(None, *args, **kwargs)
 
 
 def tokens_of(rows: Dataset, collator: DataCollatorForPrivilegedGKD) -> Dataset:

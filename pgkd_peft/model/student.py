@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import PrivilegedGKDConfig, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, read_text
 from .adapters import ADAPTER_FILE, STUDENT, load_adapter
 from .cpu import guard_cpu_linear4bit, use_short_backward
-from .load import attach_lora, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
+from .load import attach_lora, base_of, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
 from .lora import check_lora, check_names_of
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,29 @@ def _read_template(args: PrivilegedGKDConfig) -> str | None:
 
 def _revision(model: Any, args: PrivilegedGKDConfig) -> str | None:
     return (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+
+
+def context_length(model: Any, args: PrivilegedGKDConfig) -> int | None:
+    """Positions that the model has (``max_position_embeddings``), read before its weights are; None where it says
+    nothing."""
+    config = getattr(model, "config", None)
+    if isinstance(model, str):
+        try:
+            config = AutoConfig.from_pretrained(
+                adapter_base(model) if is_adapter_folder(model) else model,
+                trust_remote_code=args.trust_remote_code,
+                **({} if (revision := _revision(model, args)) is None else {"revision": revision}),
+            )
+        except (OSError, ValueError):  # what is wrong with it is said when it is loaded
+            return None
+    if not hasattr(config, "get_text_config"):
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def hidden_size(model: torch.nn.Module) -> int:
+    """Width of the model's hidden states."""
+    return int(base_of(model).get_input_embeddings().weight.shape[1])
 
 
 def training_dtype(args: PrivilegedGKDConfig) -> torch.dtype:

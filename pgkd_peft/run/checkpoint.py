@@ -40,6 +40,7 @@ RUN_FILES = (
     "run.json",
     "recipe.yaml",
     "holdout.jsonl",
+    "trained_prompts.txt",
     "metrics.jsonl",
     "completions.jsonl",
     "traces.jsonl",

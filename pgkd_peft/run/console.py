@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+logger = logging.getLogger("pgkd_peft")  # the run's own log lines
+
 
 def show_log_lines(*, main_process: bool = True) -> None:
     """Let the package's log lines reach stderr, unless the program has set up logging itself.
@@ -11,7 +13,7 @@ def show_log_lines(*, main_process: bool = True) -> None:
     Without this Python shows warnings only, and what was loaded, which divergence is minimised and what was cut would
     be said to nobody. On ranks other than the first only warnings are shown.
     """
-    log = logging.getLogger("pgkd_peft")
+    log = logger
     if not log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 HOLDOUT_FILE = "holdout.jsonl"
+TRAINED_FILE = "trained_prompts.txt"
 SFT_IN_WORDS = "cross-entropy of the reference answers, without PI; mean over completion tokens, in nats"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
@@ -42,6 +43,7 @@ class RunInfo:
         self.loaded = loaded
         self.report = report
         self.control: str | None = None
+        self.held_out: dict[str, Any] | None = None
         self.finished = False
         self.when_begun: list[Callable[[], None]] = []  # what else is written to the run folder then, before run.json
         self.started = 0.0
@@ -92,8 +94,10 @@ class RunInfo:
             "dataset_rows_with_privileged": self.report.rows_with_privileged if self.report else None,
             "privileged_tokens_cut": sum(self.report.privileged_tokens_cut) if self.report else None,
             "holdout_prompts": HOLDOUT_FILE if (Path(str(args.output_dir)) / HOLDOUT_FILE).is_file() else None,
+            "held_out": self.held_out,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": args.seed,
+            "automatic": {name: {"value": value, "reason": why} for name, (value, why) in args.automatic.items()},
             "config": {key: settings[key] for key in sorted(settings) if "token" not in key or key.endswith("tokens")},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": device_name(),

@@ -1,32 +1,18 @@
-"""Loading a checkpoint into a run that it belongs to, and the part of the trainer that writes and reads checkpoints."""
+"""Loading a checkpoint into a run that it belongs to."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 
-from ..errors import CheckpointError, PGKDError, RunFinished, explained, read_object, reason
-from ..model.adapters import load_adapter
-from .checkpoint import (
-    STATE_FILE,
-    TEACHER_FILE,
-    cannot_write,
-    finished_at,
-    is_about_writing,
-    publish,
-    remove_leftovers,
-    rotate,
-    write_manifest,
-)
+from ..errors import CheckpointError, PGKDError, explained, read_object, reason
+from ..trl_compat import set_log_progress
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +64,7 @@ def check_belongs(folder: Path, now: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _readable(folder: str | None) -> Iterator[None]:
+def readable_state(folder: str | None) -> Iterator[None]:
     """Around what Transformers loads with ``weights_only``: a file that holds anything but tensors is refused."""
     try:
         yield
@@ -110,105 +96,12 @@ def trim_log(path: Path, step: int) -> None:
         partial.replace(path)
 
 
-# ---- in the trainer ------------------------------------------------------------------------------------------------
-
-
-class CheckpointMixin:
-    """The part of the trainer that writes and reads checkpoints; stands before the Transformers trainer."""
-
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it is pushed from its final place
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write to a hidden folder, rename, then delete what is beyond ``save_total_limit``.
-
-        Raises:
-            CheckpointError: it cannot be written; the previous one is intact.
-        """
-        me: Trainer = self  # type: ignore[assignment]
-        run_dir = Path(super()._get_output_dir(trial))  # type: ignore[misc]
-        name = f"checkpoint-{me.state.global_step}"
-        staging = run_dir / f".saving-{name}"
-        if me.args.should_save:
-            remove_leftovers(run_dir)
-        me.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            self._save_more(staging / name)
-            me.accelerator.wait_for_everyone()
-            if me.args.should_save:
-                write_manifest(staging / name)
-                publish(staging / name, run_dir / name)
-        except Exception as error:
-            if not is_about_writing(error):
-                raise
-            raise CheckpointError(cannot_write(run_dir, error)) from error
-        finally:
-            self._staging = None
-            if me.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        if me.args.should_save:
-            best = Path(me.state.best_model_checkpoint or name).name
-            rotate(run_dir, me.args.save_total_limit, {name, best})
-        me.accelerator.wait_for_everyone()
-        if me.args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / name))
-
-    def _save_more(self, folder: Path) -> None:
-        """What Transformers does not know of: the teacher's adapter, and what was summed up since the last log."""
-        me: Trainer = self  # type: ignore[assignment]
-        progress = {
-            "loss": me._tr_loss.item(),
-            "last_logged": me._globalstep_last_logged,
-            "sums": dict(me._sums["train"]),
-        }
-        (folder / _progress_file(me)).write_text(json.dumps(progress) + "\n", encoding="utf-8")
-        if not me.args.should_save:
-            return
-        me.teacher.save(str(folder / TEACHER_FILE))
-        best = me.state.best_model_checkpoint
-        if best is not None and Path(best).parent == self._staging:
-            assert self._staging is not None
-            me.state.best_model_checkpoint = str(self._staging.parent / Path(best).name)
-            me.state.save_to_json(str(folder / STATE_FILE))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint):
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        me: Trainer = self  # type: ignore[assignment]
-        folder = Path(resume_from_checkpoint)
-        check_belongs(folder, me.run_info.collect())
-        load_adapter(me.model, folder)
-        done = finished_at(str(me.args.output_dir), folder, me.args)
-        if done is not None:
-            me.state = TrainerState.load_from_json(str(folder / STATE_FILE))
-            raise RunFinished(done)
-        self._load_rng_state(str(folder))  # seen to be readable before anything is written; loaded again in its place
-        if (folder / TEACHER_FILE).is_file():
-            me.teacher.load(str(folder / TEACHER_FILE))
-            me.frozen.restart()
-        me.add_callback(_Continue(me, folder))
-
-
-class _Continue(TrainerCallback):
+class Continue(TrainerCallback):
     """Once, when a resumed run begins: take up the sums since the last log, and cut logs back to the checkpoint."""
 
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer = trainer
-        self.path = folder / _progress_file(trainer)
+        self.path = folder / progress_file(trainer)
         self.progress: dict[str, Any] | None = None
         if self.path.is_file():
             with explained(f"{self.path} is damaged", CheckpointError):
@@ -230,11 +123,9 @@ class _Continue(TrainerCallback):
                 "%s is missing: was the number of processes another one? The run goes on differently.", self.path
             )
             return
-        trainer._tr_loss = torch.tensor(progress["loss"], device=args.device)
-        trainer._total_loss_scalar = -progress["loss"]  # train_loss is about the steps of this call alone
-        trainer._globalstep_last_logged = progress["last_logged"]
-        trainer._sums["train"] = defaultdict(float, progress["sums"])
+        set_log_progress(trainer, progress)
+        trainer.meters.reset("train", progress["sums"])
 
 
-def _progress_file(trainer: Trainer) -> str:
+def progress_file(trainer: Trainer) -> str:
     return f"progress_{trainer.accelerator.process_index}.json"

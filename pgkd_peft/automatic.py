@@ -1,0 +1,246 @@
+"""Settings that nobody gave, chosen from the model and the rows, each with its reason.
+
+A value that was given always wins (:meth:`PrivilegedGKDConfig.is_open`). What TRL or the seed name a default for and
+what does not depend on model or rows (lmbda, beta, temperature, max_new_tokens, ...) is left as it is.
+
+Shapes: N completion tokens of all sampled rows, D hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .config import PrivilegedGKDConfig
+from .data.collator import DataCollatorForPrivilegedGKD
+from .data.row import parse_privileged
+from .divergence import linear_jsd
+from .errors import DataError
+from .model.head import Head
+from .model.rates import lora_learning_rate
+from .rows import Row
+from .scoring import score_teacher
+from .teacher import Teacher
+
+ENOUGH_STEPS = 110
+"""Optimizer steps of a small set. On the 60 facts of the demo, 27 steps (three epochs) teach nothing."""
+WARMUP = 0.05
+"""Share of the steps in which the rate rises."""
+PROBED_ROWS = 16
+LEAST_ROWS = 8
+"""Rows with PI and a reference answer that the placements are compared on, and below which nothing is compared."""
+
+USE_TEMPLATE = "{question}\n\nUse this in your answer: {privileged}"
+PLACEMENTS: tuple[tuple[str, str | None], ...] = (
+    ("messages", None),
+    ("user", None),
+    ("user", USE_TEMPLATE),
+    ("system", None),
+)
+"""Placement and wording of the PI that the probe compares; the first stays unless another is clearly better."""
+
+
+def settle_privileged_length(
+    config: PrivilegedGKDConfig,
+    tokenizer: Any,
+    datasets: Iterable[Iterable[Any] | None],
+    context_length: int | None,
+) -> None:
+    """Where nobody gave ``max_privileged_length`` and the longest PI is over it: what the model's context holds."""
+    if not config.is_open("max_privileged_length") or config.allow_privileged_cut:
+        return
+    longest = longest_privileged(config, tokenizer, datasets)
+    if longest <= config.max_privileged_length:
+        return
+    limit = f"the model's context of {context_length} is the limit" if context_length else "the model names no limit"
+    reason = f"the longest PI has {longest} tokens; {limit}"
+    config.choose("max_privileged_length", max(context_length or longest, config.max_privileged_length), reason)
+
+
+def longest_privileged(config: PrivilegedGKDConfig, tokenizer: Any, datasets: Iterable[Iterable[Any] | None]) -> int:
+    """Tokens of the longest PI text; rows that cannot be read are left to the report on them."""
+    lengths: dict[tuple[str, ...], int] = {(): 0}
+    for rows in datasets:
+        for row in rows if isinstance(rows, Sequence) or hasattr(rows, "column_names") else ():
+            if not isinstance(row, Mapping):
+                continue
+            try:
+                messages = parse_privileged(row.get(config.privileged_key), config.privileged_key)
+            except DataError:
+                continue
+            texts = tuple(message["content"] for message in messages)
+            if texts not in lengths:
+                ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
+                lengths[texts] = sum(map(len, ids))
+    return max(lengths.values())
+
+
+def settle_training(config: PrivilegedGKDConfig, hidden_size: int, rows: int | None) -> None:
+    """Learning rate, weight of the divergence, steps, warm-up and log, where nobody gave them.
+
+    Args:
+        hidden_size: width of the model.
+        rows: number of training rows; None when that is not known.
+    """
+    if config.is_open("learning_rate"):
+        reason = f"5e-5 * 10 * (2000/{hidden_size})^0.781: a LoRA's rate at this width (tinker-cookbook)"
+        config.choose("learning_rate", lora_learning_rate(hidden_size), reason)
+        if config.is_open("normalize_beta") and 0.0 < config.beta < 1.0:
+            weight = config.beta * (1 - config.beta)
+            config.choose(
+                "normalize_beta", True, f"at beta {config.beta:g} the gradient is else {weight:g} of KL's, for which "
+                "the rate is made"
+            )  # fmt: skip
+    windows = 0
+    if rows is not None:
+        window = config.per_device_train_batch_size * config.gradient_accumulation_steps * max(1, config.world_size)
+        windows = math.ceil(rows / window)
+        three = math.ceil(config.num_train_epochs * windows)
+        if config.is_open("max_steps") and config.is_open("num_train_epochs") and three < ENOUGH_STEPS:
+            reason = f"{config.num_train_epochs:g} epochs of {rows} rows, {window} a step, are {three} steps: too few"
+            config.choose("max_steps", ENOUGH_STEPS, reason)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows)
+    rise = round(WARMUP * steps)
+    if rise and config.is_open("warmup_steps") and not getattr(config, "warmup_ratio", None):
+        config.choose("warmup_steps", rise, f"{WARMUP:.0%} of {steps} steps")
+    often = max(1, min(10, steps // 20))
+    if steps and config.is_open("logging_steps") and often != config.logging_steps:
+        config.choose("logging_steps", often, f"so that {steps} steps show a curve")
+
+
+def settle_rollout_log(config: PrivilegedGKDConfig) -> None:
+    """Four rollout logs in a run of `pgkd train`, where nobody said how many."""
+    if config.is_open("rollout_log_steps") and config.max_steps >= 4:
+        config.choose("rollout_log_steps", config.max_steps // 4, "four looks at what the student says")
+
+
+def choose_placement(
+    config: PrivilegedGKDConfig, tokenizer: Any, rows: Sequence[Any], teacher: Teacher, head: Head
+) -> bool:
+    """Where and how the teacher is shown the PI, when nobody said: as it makes the reference answers likeliest.
+
+    Compared on at most :data:`PROBED_ROWS` rows with PI and a reference answer, by the teacher's negative
+    log-likelihood of that answer a token. The first of :data:`PLACEMENTS` stays unless another is better by more than
+    two standard errors of the mean difference over rows.
+
+    Returns:
+        Whether the placement or its wording was changed.
+    """
+    if not config.is_open("privileged_placement"):
+        return False
+    candidates = PLACEMENTS
+    if config.privileged_template is not None:  # made for one of these; `messages` has no use for it
+        candidates = (("user", config.privileged_template), ("system", config.privileged_template))
+    sampled = probe_rows(config, tokenizer, rows)
+    if len(sampled) < LEAST_ROWS:
+        if config.privileged_template is None:
+            return False
+        config.choose("privileged_placement", "user", "privileged_template was given, which `messages` does not use")
+        return True
+    losses = {}
+    for placement, template in candidates:
+        collator = collator_with(config, tokenizer, placement, template)
+        if collator.builder.placement == placement:  # else the chat template cannot carry it
+            losses[placement, template] = answer_losses(collator, sampled, teacher, head)
+    first = next(iter(losses))
+    best = min(losses, key=lambda name: statistics.fmean(losses[name]))
+    if first == candidates[0] == PLACEMENTS[0] and not clearly_less(losses[best], losses[first]):
+        best = first
+    found = ", ".join(
+        f"{placement}{' worded' if template == USE_TEMPLATE else ''} {statistics.fmean(values):.2f}"
+        for (placement, template), values in losses.items()
+    )
+    reason = f"nats a token of {len(sampled)} reference answers with the PI there: {found}"
+    config.choose("privileged_placement", best[0], reason)
+    if best[1] is not None and config.privileged_template is None:
+        config.choose("privileged_template", best[1], "the wording with which the base used the PI best")
+    return best != PLACEMENTS[0]
+
+
+def probe_rows(config: PrivilegedGKDConfig, tokenizer: Any, rows: Sequence[Any]) -> list[Any]:
+    """Rows with PI and a reference answer, spread over the set."""
+    collator = collator_with(config, tokenizer, "user", None)
+    found = []
+    for i in range(len(rows)):
+        contexts = collator.builder.build(rows[i])
+        if contexts.has_privileged and contexts.answer is not None:
+            found.append(i)
+    step = max(1, len(found) // PROBED_ROWS)
+    return [rows[i] for i in found[::step][:PROBED_ROWS]]
+
+
+def collator_with(
+    config: PrivilegedGKDConfig, tokenizer: Any, placement: str, template: str | None
+) -> DataCollatorForPrivilegedGKD:
+    """The run's collator with another placement; of any length, as nothing is trained on it."""
+    return DataCollatorForPrivilegedGKD(
+        tokenizer,
+        privileged_key=config.privileged_key,
+        max_length=None,
+        max_privileged_length=config.max_privileged_length,
+        privileged_placement=placement,
+        privileged_template=template,
+        allow_privileged_cut=True,
+    )
+
+
+@torch.no_grad()
+def answer_losses(
+    collator: DataCollatorForPrivilegedGKD, rows: Sequence[Any], teacher: Teacher, head: Head
+) -> list[float]:
+    """The teacher's mean negative log-likelihood a token of each row's reference answer, in nats."""
+    made = []
+    for row in rows:
+        encoded = collator.encode(row)
+        made.append(Row(encoded["student_ids"], encoded["teacher_ids"], encoded["completion_ids"], True, 0))
+    with teacher.weights() as model:
+        score_teacher(model, made, collator.pad_token_id)
+    losses = []
+    for row in made:
+        hidden = row.teacher_hidden
+        assert hidden is not None
+        ids = torch.tensor(row.completion, device=hidden.device)
+        result = linear_jsd(
+            hidden,
+            hidden,
+            head.weight,
+            head_bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.scale,
+            sampled_ids=ids,
+        )
+        assert result.sampled_logprob is not None
+        losses.append(-float(result.sampled_logprob.mean()))
+    return losses
+
+
+def clearly_less(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether `values` lie below their `others` by more than two standard errors of the mean difference."""
+    differences = [b - a for a, b in zip(values, others)]
+    if len(differences) < 2:
+        return False
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences) > 2 * error
+
+
+def start_block(automatic: Mapping[str, tuple[Any, str]], width: int = 80) -> str:
+    """All that was chosen, with the reasons, in lines of at most `width`; "" when nothing was."""
+    if not automatic:
+        return ""
+    lines = ["Chosen, as nobody said otherwise (a value that you give always wins):"]
+    for name, (value, reason) in automatic.items():
+        shown = f"{value:.3g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
+        shown = value if name == "privileged_placement" else shown
+        lines += textwrap.wrap(
+            f"{name} = {shown}: {reason}",
+            width,
+            initial_indent="  ",
+            subsequent_indent="      ",
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
