@@ -459,6 +459,7 @@ SETTINGS = [
     ("--output_dir", "", "output_dir is empty"),
     ("--eval_strategy steps --eval_steps 1 --metric_for_best_model", "bleu", "metric_for_best_model"),
     ("--model_init_kwargs", "x", "model_init_kwargs"),
+    ("--eval_steps 1 --eval_strategy", "steps", "eval_strategy"),
     ("--eos_token", "<|nope|>", "eos_token"),
     ("--load_in_4bit true --base_quantization", "none", "base_quantization"),
     ("--load_in_4bit true --bnb_4bit_quant_type", "nf5", "nf5"),

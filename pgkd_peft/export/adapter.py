@@ -25,6 +25,20 @@ from ..model.lora import BASE_CHANGING_INITS
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
 
 
+# What is read of run.json, of those that are not plain text to be shown.
+INFO_TYPES: dict[str, type] = {
+    "config": dict,
+    "automatic": dict,
+    "held_out": dict,
+    "quantization_config": dict,
+    "versions": dict,
+    "base_quantization": str,
+    "base_digest": str,
+    "compute_dtype": str,
+    "holdout_prompts": str,
+}
+
+
 @dataclass(frozen=True)
 class AdapterRun:
     """An adapter on disk, and the base under it as training held it.
@@ -86,6 +100,11 @@ def read_run(
     _check_adapter_config(config, folder)
     tensor_shapes(folder / ADAPTER_FILE)  # whole, before anything is loaded
     run_folder, info = _find_json(folder, "run.json")
+    for key, kind in INFO_TYPES.items():
+        if info.get(key) is not None and not isinstance(info[key], kind):
+            raise ModelError(
+                f"{run_folder}/run.json is damaged: {key} is {info[key]!r}, expected is a {kind.__name__}."
+            )
     _, results = _find_json(folder, "summary.json", "eval_results.json")
     base_name = base_model or config.get("base_model_name_or_path")
     if not base_name:

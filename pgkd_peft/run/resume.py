@@ -82,13 +82,13 @@ def trim_log(path: Path, step: int) -> None:
     """Drop the lines of a JSON-lines log that are later than `step`: they will be written again."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):  # the half line of a killed process
+        except (ValueError, KeyError, TypeError):  # the half line of a killed process
             continue
     if len(kept) < len(lines):
         partial = path.with_suffix(".partial")
