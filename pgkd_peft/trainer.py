@@ -302,8 +302,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
                 raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ConfigError(
-                f"eval_strategy is {args.eval_strategy!s}, but there are no rows to evaluate on. Pass eval_dataset (as a "
-                "flag, --eval_dataset_name), or set eval_strategy to no."
+                "eval_strategy is set, but there are no rows to evaluate on. Pass eval_dataset (as a flag, "
+                "--eval_dataset_name), or set eval_strategy to no."
             )
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
