@@ -34,7 +34,7 @@ from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
 from .engines.merged import RolloutEngine
-from .errors import ConfigError, PGKDError
+from .errors import ConfigError, PGKDError, explained
 from .model.head import Head
 from .model.load import base_of
 from .model.student import build_student, context_length, find_tokenizer, hidden_size
@@ -309,6 +309,11 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         for name, value in (("formatting_func", formatting_func), ("compute_metrics", compute_metrics)):
             if value is not None:
                 raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(
+                "eval_strategy is set, but there are no rows to evaluate on. Pass eval_dataset (as a flag, "
+                "--eval_dataset_name), or set eval_strategy to no."
+            )
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
         tokenizer = find_tokenizer(model, processing_class, args)
@@ -344,7 +349,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         settle_training(args, hidden_size(student), report.rows if report else None)
 
         # TRL's trainers around them, without what they would change.
-        with keep_adapter(student, args), without_migration_advice("trl.experimental.gkd.gkd_trainer"):
+        advice = without_migration_advice("trl.experimental.gkd.gkd_trainer")
+        with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args), advice:
             super().__init__(
                 student,
                 teacher_model=separate if separate is not None else student,

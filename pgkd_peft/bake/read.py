@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import DataError, first_line
+from ..errors import DataError, reason
 
 TEXT = (".md", ".markdown", ".txt", ".rst", "")
 REQUESTS = (*TEXT, ".jsonl")
@@ -73,7 +73,7 @@ def _converted(path: Path) -> str:
     try:
         return MarkItDown().convert(str(path)).text_content
     except Exception as error:
-        raise DataError(f"{path} cannot be converted to text: {first_line(error)}") from error
+        raise DataError(f"{path} cannot be converted to text: {reason(error)}") from error
 
 
 def prompt_text(given: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..errors import ConfigError, PGKDError, first_line
+from ..errors import ConfigError, PGKDError, reason
 from .ask import Task, tidy
 
 IN_FLIGHT = 8
@@ -73,7 +73,7 @@ class ServerWriter:
             except Exception as error:
                 if getattr(error, "status_code", 500) in (400, 401, 403, 404) or attempt == TRIES - 1:
                     raise WriterError(
-                        f"--writer_url {self.url}: {first_line(error)} What was written so far is kept: run the same "
+                        f"--writer_url {self.url}: {reason(error)} What was written so far is kept: run the same "
                         "command again when it answers."
                     ) from error
                 time.sleep(self.wait * 2**attempt)

@@ -233,6 +233,12 @@ def checked_rows(
         require_completion=args.lmbda < 1.0 and not args.seq_kd,
         skip_long=args.skip_long_prompts,
     )
+    rows = args.per_device_train_batch_size * args.world_size
+    if name == "train_dataset" and args.dataloader_drop_last and len(report.kept) < rows:
+        raise ConfigError(
+            f"dataloader_drop_last drops what does not fill a batch of {rows} rows, and {name} has {len(report.kept)}: "
+            "not one step would be trained. Remove it, or lower per_device_train_batch_size."
+        )
     if not isinstance(dataset, Dataset):
         dataset = to_dataset(dataset)
     return (dataset.select(report.kept) if report.skipped_long else dataset), report

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..run.jsonl import is_number, read_json, read_lines
+from ..run.place import check_writable
 from .report_coverage import coverage_section
 from .report_page import SCORES, render
 
@@ -28,6 +29,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     data = collect(run_dir)
     page = render(data, coverage_section(data["coverage"]))
     out = Path(out) if out is not None else run_dir / REPORT_FILE
+    check_writable(out, "--out", file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="replace")
     return out
