@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .model.architecture import backbone_of
 from .model.load import base_of
 from .rows import TOKEN_BUDGET, Row, by_length, hand_out, pack
 
@@ -37,7 +38,7 @@ def add_hidden_states_forward(base: PreTrainedModel) -> None:
         if hidden_mask is None:
             return original(*args, **kwargs)
         kwargs.setdefault("use_cache", False)
-        return self.base_model(*args, **kwargs).last_hidden_state[hidden_mask]
+        return backbone_of(self)(*args, **kwargs).last_hidden_state[hidden_mask]
 
     base.forward = types.MethodType(forward, base)
 

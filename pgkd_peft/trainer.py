@@ -29,6 +29,7 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from .config import PrivilegedGKDConfig
+from .conformance import check_model
 from .data.check import checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
@@ -36,6 +37,7 @@ from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError
 from .evaluation.gap_callback import EvaluationMixin
 from .model.adapters import STUDENT
+from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.frozen import FrozenCheck, ProbeCallback
 from .model.head import Head
 from .model.load import base_of
@@ -182,6 +184,15 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         else:
             self.teacher.separate = self.teacher_model
         refuse_sharding(self.accelerator)
+        if args.disable_dropout:
+            zero_dropout(student)
+        check_model(student, tokenizer)
+        if separate is not None:
+            zero_dropout(separate)
+            check_model(separate, tokenizer)
+        long_rope = warn_of_long_rope(base_of(student).config)
+        if long_rope:
+            logger.warning(long_rope)
 
         # 4. What a step needs.
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)

@@ -16,6 +16,7 @@ from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
 from ..model.adapters import STUDENT
+from ..model.architecture import zero_dropout
 from ..model.frozen import FrozenCheck
 from ..model.student import build_student, find_tokenizer
 from ..run.console import show_log_lines
@@ -54,6 +55,7 @@ class SFTControlTrainer(EvaluationMixin, SFTTrainer):
         with keep_adapter(student, args):
             if args.disable_dropout:
                 disable_dropout_in_model(student)
+                zero_dropout(student)
             super().__init__(
                 student,
                 args=args,
