@@ -247,8 +247,8 @@ class PrivilegedGKDConfig(GKDConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} cannot be used: {why}. Remove it.")
         if self.router_aux_loss_coef:
             raise ConfigError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef!r} cannot be used: routers do not train, the target is "
-                "the teacher's distribution. Remove it."
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r} cannot be used: routers do not train, "
+                "the target is the teacher's distribution. Remove it."
             )
         if self.max_length is not None and self._number("max_length", int) < 8:
             raise ConfigError(f"max_length is {self.max_length}; it must be 8 or more, or None for no limit.")

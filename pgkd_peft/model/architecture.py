@@ -41,9 +41,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def backbone_of(base: PreTrainedModel) -> nn.Module:
-    """The model below the head; where `base_model` is the model itself (llama4), its text decoder."""
-    inner = base.base_model
-    return base.get_decoder() if inner is base else inner
+    """The model below the head; where `base_model` is the model itself (llama4), what it calls its model."""
+    inner: nn.Module = base.base_model
+    return base.model if inner is base else inner  # type: ignore[return-value]
 
 
 def zero_dropout(model: nn.Module) -> list[str]:
@@ -53,10 +53,10 @@ def zero_dropout(model: nn.Module) -> list[str]:
     """
     changed = []
     for module_name, module in model.named_modules():
-        for holder, where in ((module, module_name), (getattr(module, "config", None), f"{module_name}.config")):
-            if holder is None or "lora_" in where:
+        for owner, where in ((module, module_name), (getattr(module, "config", None), f"{module_name}.config")):
+            if owner is None or "lora_" in where:
                 continue
-            for holder in _with_sub_configs(holder):
+            for holder in _with_sub_configs(owner):
                 for name, value in list(vars(holder).items()):
                     if "drop" in name and type(value) is float and value > 0 and "lora" not in name:
                         setattr(holder, name, 0.0)
@@ -166,8 +166,8 @@ def warn_of_long_rope(config: PreTrainedConfig) -> str | None:
     limit = long[0].get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
     return (
         f"this model changes its position frequencies beyond {limit or 'its original length of'} tokens (longrope), "
-        "for all rows of a batch at once: a short row beside a long one is read differently than alone. Set max_length to "
-        "stay below."
+        "for all rows of a batch at once: a short row beside a long one is read differently than alone. Set "
+        "max_length to stay below."
     )
 
 
