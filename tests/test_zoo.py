@@ -69,14 +69,16 @@ def test_the_check_leaves_the_model_and_the_random_numbers_as_they_were():
     modes = [m.training for m in model.modules()]
     conformance.check_model(model, byte_tokenizer(), always=True)
     assert torch.equal(before, torch.get_rng_state())
-    assert trains == [p.requires_grad for p in model.parameters()] and modes == [m.training for m in model.modules()]
+    assert trains == [p.requires_grad for p in model.parameters()]
+    assert modes == [m.training for m in model.modules()]
 
 
 @pytest.mark.parametrize("name", ["FalconH1", "Llama4", "Phimoe", "Qwen3Moe"])
 def test_default_targets_leave_out_what_cannot_train(name):
     model = zoo.zoo_model(name)
     targets, reasons = lora_targets(model)
-    assert isinstance(targets, list) and reasons
+    assert isinstance(targets, list)
+    assert reasons
     adapted = attach_lora(model)
     names = [n for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
     assert any("q_proj" in n for n in names)
@@ -105,7 +107,8 @@ def test_image_text_checkpoints_train_on_text_and_towers_get_no_lora(tmp_path):
     trainer = zoo.trainer_of(str(tmp_path / "base"), tmp_path / "run")
     trainer.train()
     names = [n for n, m in trainer.model.named_modules() if hasattr(m, "lora_A")]
-    assert names and not any("vision" in n or "projector" in n for n in names)
+    assert names
+    assert not any("vision" in n or "projector" in n for n in names)
 
 
 def test_gemma3_with_its_tower_merges(tmp_path):
