@@ -82,6 +82,7 @@ def load_base(
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
+    model_kwargs["ignore_mismatched_sizes"] = True  # refused below, by name
     try:
         model, loading = auto_class(config).from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **where, **model_kwargs
@@ -142,7 +143,7 @@ def _settle_quantization(name: str, config: Any, wanted: Any) -> Any:
 
 def _check_all_loaded(name: str, loading: dict[str, Any]) -> None:
     """Every weight came from the files: what is missing or of another shape would be random numbers."""
-    wrong = [str(key[0]) for key in loading.get("mismatched_keys") or ()]
+    wrong = [key if isinstance(key, str) else str(key[0]) for key in loading.get("mismatched_keys") or ()]
     for what, keys in (("lack", sorted(loading.get("missing_keys") or ())), ("hold in another shape", sorted(wrong))):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
