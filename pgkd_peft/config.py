@@ -349,6 +349,11 @@ class PrivilegedGKDConfig(GKDConfig):
                 "train_sampling_strategy is 'group_by_length', which needs rows of token ids; the rows of a step are "
                 "grouped by length anyway. Use random or sequential."
             )
+        if self.router_aux_loss_coef:
+            raise ConfigError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r} cannot be used: routers do not train, "
+                "the target is the teacher's distribution. Remove it."
+            )
         if self.max_length is not None and self._number("max_length", int) < 8:
             raise ConfigError(f"max_length is {self.max_length}; it must be 8 or more, or None for no limit.")
         if self.teacher_model_name_or_path is not None and self.share_student_as_teacher:

@@ -30,11 +30,13 @@ from trl.experimental.gkd import GKDTrainer
 from .automatic import choose_placement, settle_privileged_length, settle_training, start_block
 from .base_trainer import RunTrainer
 from .config import PrivilegedGKDConfig
+from .conformance import check_model
 from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
 from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError, explained
+from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.head import Head
 from .model.load import base_of
 from .model.student import build_student, context_length, find_tokenizer, hidden_size
@@ -368,6 +370,14 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         else:
             teacher.separate = self.teacher_model  # as accelerate has prepared it
         refuse_sharding(self.accelerator)
+        if args.disable_dropout:
+            zero_dropout(student)
+        check_model(student, tokenizer)
+        if separate is not None:
+            zero_dropout(separate)
+            check_model(separate, tokenizer)
+        if long_rope := warn_of_long_rope(base_of(student).config):
+            logger.warning(long_rope)
         self.teacher = teacher
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
         self.pad_id = tokenizer.pad_token_id
