@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 
 from .config import PrivilegedGKDConfig
 from .data.collator import DataCollatorForPrivilegedGKD
@@ -66,7 +67,9 @@ def longest_privileged(config: PrivilegedGKDConfig, tokenizer: Any, datasets: It
     """Tokens of the longest PI text; rows that cannot be read are left to the report on them."""
     lengths: dict[tuple[str, ...], int] = {(): 0}
     for rows in datasets:
-        for row in rows if isinstance(rows, Sequence) or hasattr(rows, "column_names") else ():
+        if rows is None or isinstance(rows, IterableDataset):  # that is read once only
+            continue
+        for row in rows:
             if not isinstance(row, Mapping):
                 continue
             try:

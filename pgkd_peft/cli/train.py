@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import PrivilegedGKDConfig
 from ..data.holdout import hold_out, write_rows, write_trained
 from ..data.named import load_named, own_held_out, split_of
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..run.checkpoint import check_run_folder
 from ..run.info import RUN_FILE
 from ..run.jsonl import read_json
@@ -84,6 +84,12 @@ def run_training(
     checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
     checkpoint = checkpoint or config.resume_from_checkpoint
     train_dataset, held_out = load_datasets(data, config)
+    if held_out is None and config.eval_strategy != "no":
+        reason = config.automatic["held-out rows"][1]
+        raise ConfigError(
+            f"eval_strategy is {str(config.eval_strategy.value)!r}, but there are no rows to evaluate on ({reason}); "
+            "give --eval_dataset_name FILE, or --holdout_rows N"
+        )
     if checkpoint:
         choose_as_before(config, Path(config.output_dir))
     if config.is_open("rollout_log_steps"):

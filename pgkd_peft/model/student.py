@@ -86,7 +86,7 @@ def context_length(model: Any, args: PrivilegedGKDConfig) -> int | None:
             )
         except (OSError, ValueError):  # what is wrong with it is said when it is loaded
             return None
-    if not hasattr(config, "get_text_config"):
+    if config is None or not hasattr(config, "get_text_config"):
         return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
