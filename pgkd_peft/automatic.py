@@ -59,8 +59,8 @@ def settle_privileged_length(
     if longest <= config.max_privileged_length:
         return
     limit = f"the model's context of {context_length} is the limit" if context_length else "the model names no limit"
-    reason = f"the longest PI has {longest} tokens; {limit}"
-    config.choose("max_privileged_length", max(context_length or longest, config.max_privileged_length), reason)
+    budget = max(context_length or 0, longest)  # PI over the context itself is for the check of the context to name
+    config.choose("max_privileged_length", budget, f"the longest PI has {longest} tokens; {limit}")
 
 
 def longest_privileged(config: PrivilegedGKDConfig, tokenizer: Any, datasets: Iterable[Iterable[Any] | None]) -> int:

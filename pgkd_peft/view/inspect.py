@@ -370,15 +370,18 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(rest):
         print(HELP)
         return 0
+    from ..automatic import settle_privileged_length
     from ..cli.arguments import parse_train
     from ..cli.train import load_datasets
-    from ..model.student import find_tokenizer
+    from ..model.student import context_length, find_tokenizer
 
     data, model, config = parse_train(rest, prog="pgkd inspect")
     console = make_console(own.no_color)
     tokenizer = find_tokenizer(model.model_name_or_path, None, config)
-    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config)
     train_rows, eval_rows = load_datasets(data, config)
+    context = context_length(model.model_name_or_path, config)
+    settle_privileged_length(config, tokenizer, [train_rows, eval_rows], context)
+    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config, context)
     code = inspect_rows(train_rows, collator, config, console, count=own.rows)
     if eval_rows is not None:
         console.print(Text("\nrows to evaluate on", style="bold"))
