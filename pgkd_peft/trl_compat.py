@@ -57,9 +57,7 @@ INSIDES = (
     Inside("accelerate.Accelerator", "_original_forward", "1.15.0", "whether autocast wraps the forward"),
     Inside("peft.tuners.lora.LoraLayer", "cast_input_dtype_enabled", "0.21.0", "no casts under autocast"),
     Inside("peft.tuners.tuners_utils.BaseTunerLayer", "merged_adapters", "0.21.0", "nothing merges into the base"),
-    Inside(
-        "peft.tuners.tuners_utils.BaseTunerLayer", "adapter_layer_names", "0.21.0", "which tensors are the adapter's"
-    ),
+    Inside("peft.tuners.tuners_utils.BaseTunerLayer", "adapter_layer_names", "0.21.0", "which tensors are its own"),
     Inside("transformers.PreTrainedConfig", "_attn_implementation", "5.23.0", "which attention a model runs"),
     Inside("argparse.ArgumentParser", "_action_groups", "3.11", "the method's own settings stand first in --help"),
     Inside("argparse.ArgumentParser", "_group_actions", "3.11", "the method's own settings stand first in --help"),

@@ -1,6 +1,6 @@
 """A golden run: five steps of a tiny model in float32, so that a change of numbers is seen, whatever caused it.
 
-After a change that is meant to change them: `python tests/test_golden.py` writes golden.json anew; say in the commit why.
+After a change that is meant to change them: `python tests/test_golden.py` writes golden.json; say in the commit why.
 """
 
 from __future__ import annotations

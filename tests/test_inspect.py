@@ -10,19 +10,11 @@ from rich.console import Console
 from tiny import CHATML, ROWS, STRICT, byte_tokenizer, save_tiny
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig
+from pgkd_peft.cli.inspect import main, options
 from pgkd_peft.data.check import validate_rows
 from pgkd_peft.data.tokens import pieces, token_texts
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.view.inspect import (
-    bar,
-    choose_rows,
-    histogram,
-    inspect_rows,
-    main,
-    mark_privileged,
-    options,
-    view_row,
-)
+from pgkd_peft.view.inspect import bar, choose_rows, histogram, inspect_rows, mark_privileged, view_row
 
 
 @pytest.fixture

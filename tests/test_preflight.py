@@ -11,20 +11,11 @@ from rich.console import Console
 from tiny import ROWS, byte_tokenizer, tiny_model
 
 from pgkd_peft import DataCollatorForPrivilegedGKD
+from pgkd_peft.cli.inspect import preflight
 from pgkd_peft.data.files import to_dataset
-from pgkd_peft.evaluation.preflight import (
-    Clock,
-    Cost,
-    Effect,
-    ProbeTrainer,
-    cost_verdict,
-    duration,
-    measure_effect,
-    preflight,
-    top_share,
-    verdict,
-)
+from pgkd_peft.evaluation.preflight import Clock, Cost, Effect, ProbeTrainer, measure_effect, top_share
 from pgkd_peft.evaluation.scorers import make_scorer
+from pgkd_peft.view.preflight import cost_verdict, duration, verdict
 
 
 def build(args, dataset):

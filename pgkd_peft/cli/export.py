@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from ..export.verify import Score
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """argparse without abbreviations, whose complaints are :class:`ConfigError`."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-def _parser(command: str, description: str, out_help: str) -> _Parser:
+def _parser(command: str, description: str, out_help: str) -> CommandParser:
     """What merge and export have in common."""
-    parser = _Parser(prog=f"pgkd {command}", description=description, allow_abbrev=False)
+    parser = CommandParser(prog=f"pgkd {command}", description=description, allow_abbrev=False)
     parser.add_argument("adapter", metavar="ADAPTER", help="run folder, a checkpoint in it, or a Hub id")
     parser.add_argument("--out", required=True, help=out_help)
     parser.add_argument(

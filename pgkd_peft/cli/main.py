@@ -25,11 +25,13 @@ class Command:
 # The function gets the arguments after the command's name, and returns an exit code (None is 0).
 COMMANDS = {
     "train": Command("pgkd_peft.cli.train:main", "train an adapter: pgkd train --config recipe.yaml"),
-    "inspect": Command("pgkd_peft.view.inspect:main", "see the rows as student and teacher will; no training"),
+    "inspect": Command("pgkd_peft.cli.inspect:main", "see the rows as student and teacher will; no training"),
     "eval": Command("pgkd_peft.cli.eval:main", "base, teacher and student on held-out rows; recovered gap, drift"),
+    "chat": Command("pgkd_peft.cli.chat:main", "talk to base, base with PI and student side by side"),
     "merge": Command("pgkd_peft.cli.export:merge", "adapter -> plain 16-bit model, measured to be what was trained"),
     "export": Command("pgkd_peft.cli.export:export", "adapter -> cleaned for publication, or GGUF"),
-    "report": Command("pgkd_peft.view.report:main", "a run as one HTML page: curves, results, rollouts to read"),
+    "report": Command("pgkd_peft.cli.report:main", "a run as one HTML page: curves, results, rollouts to read"),
+    "runs": Command("pgkd_peft.cli.runs:main", "all runs of a folder as one table: settings, scores, seconds"),
     "demo": Command("pgkd_peft.cli.demo:main", "teach a real 135M model made-up facts, in minutes, without a network"),
     "recipes": Command("pgkd_peft.cli.recipes:main", "list the recipes, or copy one: pgkd recipes cp NAME"),
 }

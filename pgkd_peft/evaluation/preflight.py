@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import math
 import os
-import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console, Group
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 from transformers import PrinterCallback, TrainerCallback
 
-from ..data.tokens import visible
 from ..model.adapters import adapter_state
 from ..rollout import generate
 from ..rows import Row, rows_of
-from ..run.memory import ADVICE, OutOfMemoryError, is_out_of_memory
+from ..run.memory import OutOfMemoryError, is_out_of_memory
 from ..trace import hidden_of_both, token_divergence
 from ..trainer import PrivilegedSelfDistillTrainer
 from .scorers import Scorer, make_scorer
@@ -42,7 +35,6 @@ NOTHING_TO_LEARN = 0.01
 fact that a model does not know makes 0.1 and more."""
 SAMPLED_ROWS = 8
 PHASES = ("rollout", "teacher", "student", "rest")
-TO_LOWER = {**ADVICE, "rest": "lower lora_r (the adapter's optimizer states)"}
 
 
 @dataclass
@@ -84,50 +76,7 @@ class Cost:
     failed: str | None = None
 
 
-def run_preflight(data: Any, model: Any, config: Any, rows: Any, console: Console) -> tuple[Effect | None, Cost]:
-    """Load the recipe's model, measure, print. `data`, `model`, `config` are those of ``parse_train``."""
-    from ..cli.arguments import lora_config, quantization_config
-
-    with tempfile.TemporaryDirectory(prefix="pgkd-preflight-") as folder:
-
-        def build(args: Any, dataset: Any) -> ProbeTrainer:
-            return ProbeTrainer(
-                model=model.model_name_or_path,
-                teacher_model=args.teacher_model_name_or_path,
-                args=args,
-                train_dataset=dataset,
-                peft_config=lora_config(model),
-                quantization_config=quantization_config(model, args),
-            )
-
-        return preflight(build, config, rows, console, folder)
-
-
-def preflight(
-    build: Callable[[Any, Any], ProbeTrainer], config: Any, rows: Any, console: Console, folder: str
-) -> tuple[Effect | None, Cost]:
-    """Measure with the trainer that `build(args, dataset)` makes; `folder` is for what the probe writes."""
-    args = _probe_args(config, folder)
-    window = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    loud = logging.getLogger("pgkd_peft").level
-    logging.getLogger("pgkd_peft").setLevel(logging.ERROR)
-    try:
-        trainer = build(args, rows)
-        kept = trainer.train_dataset
-        assert kept is not None
-        effect = measure_effect(trainer, kept, _scorer_for(kept))
-        show_effect(effect, console)
-        console.print(Text(f"Clocking {args.max_steps} optimizer steps of {window} rows …", style="dim"))
-        cost = measure_cost(trainer, kept, window)
-    finally:
-        logging.getLogger("pgkd_peft").setLevel(loud)
-    windows = math.ceil(len(kept) / (window * max(1, args.world_size)))
-    cost.steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows)
-    show_cost(cost, config, console)
-    return effect, cost
-
-
-def _probe_args(config: Any, folder: str) -> Any:
+def probe_args(config: Any, folder: str) -> Any:
     """The recipe's settings for a few steps that leave nothing behind."""
     args = copy.copy(config)
     args.output_dir, args.report_to, args.push_to_hub = folder, [], False
@@ -195,59 +144,9 @@ def top_share(values: Sequence[float], top: float = 0.01) -> float:
     return sum(ordered[: max(1, math.ceil(top * len(ordered)))]) / total if total > 0 else 0.0
 
 
-def _scorer_for(rows: Any) -> Scorer | None:
+def scorer_for(rows: Any) -> Scorer | None:
     """Scoring by `contains`, where the rows have a column with the reference."""
     return make_scorer("contains") if "answer" in rows.column_names else None
-
-
-def verdict(effect: Effect | None) -> tuple[str, bool]:
-    """One sentence on what there is to learn, and whether it is a warning."""
-    if effect is None:
-        return "No row has PI: the teacher reads what the student reads, and nothing will be learnt.", True
-    if effect.kl < NOTHING_TO_LEARN:
-        return (
-            f"Nothing to learn: with the PI the teacher says what the student says anyway (KL {effect.kl:.2g} nats a "
-            "token). Look at the PI with `pgkd inspect`: is it there, is it new to the model, does it bear on the "
-            "answer? Try another privileged_placement."
-        ), True
-    if effect.scores is not None and effect.scores[1] <= effect.scores[0]:
-        return (
-            f"The PI changes the answers but not their score (without {effect.scores[0]:.2f}, with "
-            f"{effect.scores[1]:.2f}, n={effect.rows}): there is no gap to recover on these rows. A larger model may "
-            "make use of the PI, or another privileged_placement."
-        ), True
-    return "The PI changes what the teacher says: there is something to learn.", False
-
-
-def show_effect(effect: Effect | None, console: Console) -> None:
-    """Print what the PI does."""
-    sentence, warn = verdict(effect)
-    body: list[Any] = []
-    if effect is not None:
-        lines = [
-            f"KL(teacher with PI || student) {effect.kl:.3f} nats a token, over {effect.tokens} tokens of "
-            f"{effect.rows} greedy answers",
-            f"{effect.top_share:.0%} of it in the top 1 % of tokens",
-        ]
-        if effect.scores is not None:
-            without, with_pi = effect.scores
-            lines.append(f"score (contains) without PI {without:.2f}, with PI {with_pi:.2f}, n={effect.rows}")
-        table = Table(box=None, expand=True, header_style="bold", padding=(0, 1))
-        for name in ("last turn", "student, without PI", "teacher, with PI"):
-            table.add_column(name, ratio=1, overflow="fold")
-        for prompt, own, better in effect.answers:
-            table.add_row(Text(_end(prompt)), Text(_start(own)), Text(_start(better)))
-        body = [Text("\n".join(lines)), Text(), table, Text()]
-    body.append(Text(sentence, style="bold red" if warn else "bold green"))
-    console.print(Panel(Group(*body), title="does the PI help?", title_align="left"))
-
-
-def _start(text: str, length: int = 160) -> str:
-    return visible(text if len(text) <= length else text[:length] + "…")
-
-
-def _end(text: str, length: int = 100) -> str:
-    return visible(text if len(text) <= length else "…" + text[-length:])
 
 
 # ---- will it fit, and how long will it take? -----------------------------------------------------------------------
@@ -397,53 +296,3 @@ def memory_limit() -> float:
     if torch.cuda.is_available():
         return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 2**20
     return (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 2**20
-
-
-def cost_verdict(cost: Cost) -> tuple[str, bool]:
-    """One sentence on whether the run fits, and whether it is a warning."""
-    if cost.failed is not None:
-        return f"It does not fit: out of memory in the phase {cost.failed}. What to do: {TO_LOWER[cost.failed]}.", True
-    phase, peak = max(cost.peak.items(), key=lambda item: item[1])
-    share = peak / cost.limit
-    if share > 0.9:
-        return (
-            f"It hardly fits: {peak:,.0f} of {cost.limit:,.0f} MiB in the phase {phase}. To be safe: {TO_LOWER[phase]}."
-        ), True
-    return f"It fits: at most {peak:,.0f} of {cost.limit:,.0f} MiB ({share:.0%}), in the phase {phase}.", False
-
-
-def show_cost(cost: Cost, config: Any, console: Console) -> None:
-    """Print seconds and memory by phase, and the estimate for the whole run."""
-    table = Table(box=None, header_style="bold", padding=(0, 2))
-    table.add_column("phase")
-    for name in ("seconds a step", "longest rows, no stop", "peak MiB there"):
-        table.add_column(name, justify="right")
-
-    def cell(values: dict[str, float], name: str, form: str) -> str:
-        return format(values[name], form) if name in values else "–"
-
-    for name in PHASES:
-        table.add_row(
-            name, cell(cost.typical, name, ".2f"), cell(cost.worst, name, ".2f"), cell(cost.peak, name, ",.0f")
-        )
-    typical, worst = sum(cost.typical.values()), sum(cost.worst.values())
-    table.add_row("all", f"{typical:.2f}", f"{worst:.2f}" if worst else "–", "", style="bold")
-    body: list[Any] = [table, Text()]
-    if typical:
-        line = f"{cost.steps:,} steps: about {duration(typical * cost.steps)}"
-        if worst:
-            line += f", {duration(worst * cost.steps)} if every step were the longest"
-        body.append(Text(line + " (evaluation and saving not counted)"))
-    sentence, warn = cost_verdict(cost)
-    body.append(Text(sentence, style="bold red" if warn else "bold green"))
-    console.print(Panel(Group(*body), title="memory and time", title_align="left"))
-
-
-def duration(seconds: float) -> str:
-    """45 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -5,7 +5,6 @@ Everything shown is decoded from the ids that the run's own collator makes; only
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -21,17 +20,8 @@ from ..config import PrivilegedGKDConfig
 from ..data.check import DataReport, has_markup, leaked, validate_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..data.tokens import Piece, pieces, visible
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 
-HELP = """usage: pgkd inspect --config RECIPE.yaml [--rows N] [--preflight] [--no-color] [any flag of `pgkd train`]
-
-What student and teacher will really read, decoded from the token ids of the run's own collator: PI marked, answer
-tokens outside the loss coloured, special tokens visible; budgets, cuts, leaks, totals over all rows; and every row
-that cannot be used. Only the tokenizer is loaded.
-
-  --rows N      rows to show, one of every kind first (default 4; 0: the totals alone)
-  --preflight   load the model too: does the PI help, and what will the run need in memory and time?
-  --no-color    marks instead of colours"""
 SIDE_BY_SIDE = 110  # columns that a terminal needs for three texts next to each other
 STYLES = {"text": "", "pi": "bold yellow", "loss": "green", "out": "red", "special": "cyan"}
 MARKS = {"pi": ("⟦PI:", "⟧"), "out": ("⟦not in the loss:", "⟧")}  # where there is no colour
@@ -346,51 +336,6 @@ def bar(share: float, width: int) -> str:
     eighths = max(1 if share > 0 else 0, round(share * width * 8))
     text = BARS[-1] * (eighths // 8) + (BARS[eighths % 8 - 1] if eighths % 8 else "")
     return text.ljust(width)
-
-
-def options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of `pgkd inspect` itself, and all others, which are those of `pgkd train`."""
-    parser = argparse.ArgumentParser(prog="pgkd inspect", add_help=False, allow_abbrev=False)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--preflight", action="store_true")
-    parser.add_argument("--no-color", "--no_color", action="store_true")
-    own, rest = parser.parse_known_args(list(argv))
-    if own.rows < 0:
-        raise ConfigError(f"--rows is {own.rows}; give the number of rows to show, 0 for the totals alone.")
-    return own, rest
-
-
-def main(argv: Sequence[str]) -> int:
-    """`pgkd inspect`; returns 0, or 2 when some rows cannot be used.
-
-    Raises:
-        PGKDError: the arguments, the data or the tokenizer cannot be used at all.
-    """
-    own, rest = options(argv)
-    if {"-h", "--help"} & set(rest):
-        print(HELP)
-        return 0
-    from ..automatic import settle_privileged_length
-    from ..cli.arguments import parse_train
-    from ..cli.train import load_datasets
-    from ..model.student import context_length, find_tokenizer
-
-    data, model, config = parse_train(rest, prog="pgkd inspect")
-    console = make_console(own.no_color)
-    tokenizer = find_tokenizer(model.model_name_or_path, None, config)
-    train_rows, eval_rows = load_datasets(data, config)
-    context = context_length(model.model_name_or_path, config)
-    settle_privileged_length(config, tokenizer, [train_rows, eval_rows], context)
-    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config, context)
-    code = inspect_rows(train_rows, collator, config, console, count=own.rows)
-    if eval_rows is not None:
-        console.print(Text("\nrows to evaluate on", style="bold"))
-        code = max(code, inspect_rows(eval_rows, collator, config, console, count=0))
-    if own.preflight and code == 0:
-        from ..evaluation.preflight import run_preflight
-
-        run_preflight(data, model, config, train_rows, console)
-    return code
 
 
 def make_console(no_color: bool = False) -> Console:

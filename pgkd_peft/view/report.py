@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,16 +171,3 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str]) -> int:
-    """`pgkd report RUN_DIR [--out FILE]`."""
-    parser = argparse.ArgumentParser(
-        prog="pgkd report", description="Write one self-contained HTML page about a run.", allow_abbrev=False
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a training")
-    parser.add_argument("--out", metavar="FILE", help=f"default: RUN_DIR/{REPORT_FILE}")
-    args = parser.parse_args(list(argv))
-    path = write_report(args.run_dir, args.out)
-    print(f"{path} ({path.stat().st_size / 1024:.0f} KiB, opens without a network)")
-    return 0

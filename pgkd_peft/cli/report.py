@@ -1,0 +1,21 @@
+"""`pgkd report`: a run as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..view.report import REPORT_FILE, write_report
+
+
+def main(argv: Sequence[str]) -> int:
+    """`pgkd report RUN_DIR [--out FILE]`."""
+    parser = argparse.ArgumentParser(
+        prog="pgkd report", description="Write one self-contained HTML page about a run.", allow_abbrev=False
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a training")
+    parser.add_argument("--out", metavar="FILE", help=f"default: RUN_DIR/{REPORT_FILE}")
+    args = parser.parse_args(list(argv))
+    path = write_report(args.run_dir, args.out)
+    print(f"{path} ({path.stat().st_size / 1024:.0f} KiB, opens without a network)")
+    return 0

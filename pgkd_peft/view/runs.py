@@ -1,0 +1,111 @@
+"""Many runs as one table: the settings in which they differ, and what came of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..run.jsonl import is_number, read_json, read_lines
+
+RESULTS = {"score": "score", "recovered": "recovered", "drift": "drift", "divergence": "nats", "seconds": "s"}
+# Settings that say where a run was, or how it was watched, and not what it did.
+_NOT_SETTINGS = ("output_dir", "logging_dir", "run_name", "overwrite", "hub_model_id", "disable_tqdm", "report_to")
+_HIGH_IS_GOOD = ("score", "recovered")
+
+
+def find_runs(folder: str | Path) -> list[dict[str, Any]]:
+    """One record a run below `folder` (``run.json``; controls of a run are runs of their own), checkpoints left out.
+
+    Raises:
+        ConfigError: there is no such folder, or no run in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ConfigError(f"{str(root)!r} is no folder; give one that holds runs, e.g. pgkd runs runs")
+    paths = sorted(path for path in root.rglob("run.json") if not path.parent.name.startswith(("checkpoint-", ".")))
+    if not paths:
+        raise ConfigError(f"no run was found below {str(root)!r}: no run.json, which pgkd train writes at its start")
+    return [_record(path, root) for path in paths]
+
+
+def _record(path: Path, root: Path) -> dict[str, Any]:
+    run, results = read_json(path), read_json(path.parent / "eval_results.json")
+    logged = [line["divergence"] for line in read_lines(path.parent / "metrics.jsonl") if "divergence" in line]
+    columns = results.get("columns") or {}
+    settings = {key: value for key, value in (run.get("config") or {}).items() if key not in _NOT_SETTINGS}
+    settings["base_model"] = Path(str(run.get("base_model"))).name
+    return {
+        "run": str(path.parent.relative_to(root)) if path.parent != root else root.name,
+        "finished": bool(run.get("finished")),
+        "settings": settings,
+        "score": (columns.get("student") or {}).get("score"),
+        "recovered": results.get("recovered"),
+        "interval": results.get("recovered_interval"),
+        "drift": results.get("drift"),
+        "divergence": logged[-1] if logged else None,
+        "steps": run.get("steps"),
+        "seconds": run.get("seconds"),
+    }
+
+
+def differing(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings that do not have the same value in all runs."""
+    names = sorted({name for run in runs for name in run["settings"]})
+    return [name for name in names if len({repr(run["settings"].get(name)) for run in runs}) > 1]
+
+
+def sort_runs(runs: list[dict[str, Any]], by: str | None) -> list[dict[str, Any]]:
+    """Best first for scores, smallest first for everything else; runs without a value last.
+
+    Raises:
+        ConfigError: no run has such a column or setting.
+    """
+    if by is None:
+        return runs
+    known = {"run", *RESULTS, *(name for run in runs for name in run["settings"])}
+    if by not in known:
+        raise ConfigError(f"--sort is {by!r}; accepted are {', '.join(sorted(RESULTS))}, run, or a setting's name")
+
+    def value(run: dict[str, Any]) -> Any:
+        return run[by] if by in run else run["settings"].get(by)
+
+    some = [run for run in runs if value(run) is not None]
+    numbers = all(is_number(value(run)) for run in some)
+    some.sort(key=(lambda run: value(run)) if numbers else (lambda run: str(value(run))), reverse=by in _HIGH_IS_GOOD)
+    return some + [run for run in runs if value(run) is None]
+
+
+def table(runs: Sequence[dict[str, Any]]) -> Any:
+    """A rich table: a line a run, the differing settings first."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    settings = differing(runs)
+    shown = Table(
+        box=box.SIMPLE, caption="settings that are the same in all runs are left out" if len(runs) > 1 else None
+    )
+    shown.add_column("run", overflow="fold")
+    if settings:
+        shown.add_column("what differs", overflow="fold", min_width=20)
+    for heading in RESULTS.values():
+        shown.add_column(heading, justify="right")
+    for run in runs:
+        cells = [run["run"] + ("" if run["finished"] else " (not finished)")]
+        if settings:
+            cells.append("\n".join(f"{name}={_cell(run['settings'].get(name))}" for name in settings))
+        cells += [_cell(run[name]) for name in RESULTS]
+        if run["interval"]:
+            cells[-len(RESULTS) + 1] += f"\n{_cell(run['interval'])}"
+        shown.add_row(*map(Text, cells))
+    return shown
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value)):
+        return f"{value[0]:.2f} to {value[1]:.2f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
