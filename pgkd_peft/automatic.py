@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from transformers import SchedulerType
 
 from .config import PrivilegedGKDConfig
 from .data.collator import DataCollatorForPrivilegedGKD
@@ -99,6 +100,9 @@ def settle_training(config: PrivilegedGKDConfig, hidden_size: int, rows: int | N
                 "normalize_beta", True, f"at beta {config.beta:g} the gradient is else {weight:g} of KL's, for which "
                 "the rate is made"
             )  # fmt: skip
+        if config.is_open("lr_scheduler_type"):
+            reason = "a rate that falls from the first step on learns half as much in so few steps"
+            config.choose("lr_scheduler_type", SchedulerType.CONSTANT_WITH_WARMUP, reason)
     windows = 0
     if rows is not None:
         window = config.per_device_train_batch_size * config.gradient_accumulation_steps * max(1, config.world_size)
@@ -238,7 +242,8 @@ def start_block(automatic: Mapping[str, tuple[Any, str]], width: int = 80) -> st
     lines = ["Chosen, as nobody said otherwise (a value that you give always wins):"]
     for name, (value, reason) in automatic.items():
         shown = f"{value:.3g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
-        shown = value if name == "privileged_placement" else shown
+        if isinstance(value, SchedulerType) or name == "privileged_placement":
+            shown = str(getattr(value, "value", value))
         lines += textwrap.wrap(
             f"{name} = {shown}: {reason}",
             width,

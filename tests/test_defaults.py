@@ -70,6 +70,7 @@ def test_a_small_set_gets_enough_steps_and_what_belongs_to_them(tmp_path):
     assert config.warmup_steps == round(0.05 * config.max_steps)
     assert config.normalize_beta is True
     assert config.logging_steps < 10
+    assert config.lr_scheduler_type == "constant_with_warmup"
     assert (config.lmbda, config.beta, config.temperature, config.max_new_tokens) == (0.5, 0.5, 0.9, 128)
     assert set(config.automatic) >= {"learning_rate", "max_steps", "warmup_steps", "normalize_beta", "logging_steps"}
 
@@ -88,6 +89,7 @@ def test_a_large_set_keeps_its_epochs(tmp_path):
         ("max_steps", 27),
         ("num_train_epochs", 3.0),
         ("warmup_steps", 0),
+        ("lr_scheduler_type", "linear"),
         ("logging_steps", 10),
     ],
 )

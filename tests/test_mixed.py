@@ -19,7 +19,7 @@ from pgkd_peft.scoring import add_hidden_states_forward
 PROMPTS = [[10, 20, 30], [40, 50], [60, 61, 62, 63, 64, 65, 66]]
 TEACHER_PROMPTS = [[10, 20, 30, 31, 32], [90, 91, 92, 40, 50], [60, 61, 62, 63, 64, 65, 66]]
 STOPS = [4]
-MIXES = 0.15  # nats at which both models write
+MIXES = 0.1  # nats at which both models write
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def plain(model, prompt, teacher_prompt, takeover):
     return completion, by_teacher
 
 
-@pytest.mark.parametrize("takeover", [0.05, 0.15, 0.2, 0.3])
+@pytest.mark.parametrize("takeover", [0.05, MIXES, 0.2, 0.3])
 def test_each_token_is_whose_the_divergence_says(model, takeover):
     found = mixed(model, takeover)
     expected = [plain(model, a, b, takeover) for a, b in zip(PROMPTS, TEACHER_PROMPTS)]
@@ -117,3 +117,20 @@ def test_modes_are_left_as_they_were(model):
         mixed(model, MIXES)
     assert model.training
     model.eval()
+
+
+def test_a_run_with_takeover_has_the_teacher_s_states_without_a_pass(make_trainer, monkeypatch):
+    from pgkd_peft import trainer as module
+
+    trainer = make_trainer(config={"teacher_takeover": 0.01, "max_steps": 2, "rollout_engine": "adapter"})
+    scored = []
+    original = module.score_teacher
+    monkeypatch.setattr(
+        module, "score_teacher", lambda model, rows, pad: (scored.extend(rows), original(model, rows, pad))
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    shares = [log["taken_over"] for log in trainer.state.log_history if "taken_over" in log]
+    assert any(0 < share < 1 for share in shares), shares
+    assert scored == [] or not any(row.has_privileged for row in scored)
+    assert all(len(row.teacher_hidden) == len(row.kept) for row in trainer.last_rows)
