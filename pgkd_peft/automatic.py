@@ -29,7 +29,7 @@ from .rows import Row
 from .scoring import score_teacher
 from .teacher import Teacher
 
-ENOUGH_STEPS = 110
+ENOUGH_STEPS = 150
 """Optimizer steps of a small set. On the 60 facts of the demo, 27 steps (three epochs) teach nothing."""
 WARMUP = 0.05
 """Share of the steps in which the rate rises."""

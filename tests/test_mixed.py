@@ -128,9 +128,16 @@ def test_a_run_with_takeover_has_the_teacher_s_states_without_a_pass(make_traine
     monkeypatch.setattr(
         module, "score_teacher", lambda model, rows, pad: (scored.extend(rows), original(model, rows, pad))
     )
+    batch_of, whole = trainer.batch_of, []
+    monkeypatch.setattr(
+        trainer,
+        "batch_of",
+        lambda rows: (whole.extend(len(r.teacher_hidden) == len(r.kept) > 0 for r in rows), batch_of(rows))[1],
+    )
     trainer.train()
     assert trainer.state.global_step == 2
+    assert whole
+    assert all(whole)
     shares = [log["taken_over"] for log in trainer.state.log_history if "taken_over" in log]
     assert any(0 < share < 1 for share in shares), shares
     assert scored == [] or not any(row.has_privileged for row in scored)
-    assert all(len(row.teacher_hidden) == len(row.kept) for row in trainer.last_rows)

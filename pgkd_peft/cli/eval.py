@@ -30,10 +30,12 @@ from .train import RECIPE_FILE, recipe_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from rich.console import Console
 
     from ..data.collator import DataCollatorForPrivilegedGKD
     from ..evaluation.answers import Evaluation
     from ..export.adapter import AdapterRun
+    from .controls import ControlRun
 
 
 DESCRIPTION = """Judge a trained adapter on rows that it was not trained on: how much of what the privileged information
@@ -141,9 +143,9 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     from rich.console import Console
 
     from ..data.check import validate_rows
-    from ..evaluation.answers import HINT_PHRASES, evaluate, measure_drift, perplexity
+    from ..evaluation.answers import HINT_PHRASES, evaluate, measure_drift
     from ..export.adapter import read_run
-    from ..model.adapters import adapter_state, load_adapter
+    from ..model.adapters import load_adapter
     from .controls import find_controls
 
     console = Console()
@@ -167,12 +169,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         validate_rows(neutral, collator)
     text = Path(args.text_file).read_text(encoding="utf-8") if args.text_file else None
     controls = find_controls(run, args.controls) if args.controls else []
-    for control in controls:
-        if control.finished:
-            console.print(f"control {control.name}: {control.folder} is trained already")
-        else:
-            console.print(f"\ntraining the control {control.name} ({CONTROLS[control.name]}) in {control.folder}")
-            control.train()
+    train_missing(controls, console)
 
     model = load_student(run)
     settings: dict[str, Any] = {
@@ -187,10 +184,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     if neutral is not None:
         add_drift(result, measure_drift(model, collator, neutral))
     if text is not None:
-        ids = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for name, which in (("base", "disabled"), ("student", "shared")):
-            with adapter_state(model, which) as weights:
-                result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
+        add_perplexity(result, model, collator, text)
 
     compared: dict[str, Evaluation] = {}
     for control in controls:
@@ -218,6 +212,27 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     out = written
     console.print(f"Results: {out}; every answer: {answers_file(out)}")
     return 0
+
+
+def train_missing(controls: Sequence[ControlRun], console: Console) -> None:
+    """Train the controls that are not trained yet."""
+    for control in controls:
+        if control.finished:
+            console.print(f"control {control.name}: {control.folder} is trained already")
+        else:
+            console.print(f"\ntraining the control {control.name} ({CONTROLS[control.name]}) in {control.folder}")
+            control.train()
+
+
+def add_perplexity(result: Evaluation, model: PeftModel, collator: DataCollatorForPrivilegedGKD, text: str) -> None:
+    """Perplexity of base and student on a text."""
+    from ..evaluation.answers import perplexity
+    from ..model.adapters import adapter_state
+
+    ids = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for name, which in (("base", "disabled"), ("student", "shared")):
+        with adapter_state(model, which) as weights:
+            result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
 
 
 def held_out_rows(run: AdapterRun, args: EvalArguments) -> tuple[list[Mapping[str, Any]], int]:
