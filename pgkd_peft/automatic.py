@@ -30,7 +30,8 @@ from .scoring import score_teacher
 from .teacher import Teacher
 
 ENOUGH_STEPS = 150
-"""Optimizer steps of a small set. On the 60 facts of the demo, 27 steps (three epochs) teach nothing."""
+"""Optimizer steps of a small set. On the 60 facts of the demo (beta 0.5, rate by the rule, one seed each): 27 steps at
+2e-5 recover 0.00; 110 steps of 8 rows, linear decay, 0.45; 220 of 4 rows, linear, 0.47; 150 of 8, constant, 0.68."""
 WARMUP = 0.05
 """Share of the steps in which the rate rises."""
 PROBED_ROWS = 16
