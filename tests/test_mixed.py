@@ -126,7 +126,9 @@ def test_a_run_with_takeover_has_the_teacher_s_states_without_a_pass(make_traine
     scored = []
     original = module.score_teacher
     monkeypatch.setattr(
-        module, "score_teacher", lambda model, rows, pad: (scored.extend(rows), original(model, rows, pad))
+        module,
+        "score_teacher",
+        lambda model, rows, pad, **kwargs: (scored.extend(rows), original(model, rows, pad, **kwargs)),
     )
     batch_of, whole = trainer.batch_of, []
     monkeypatch.setattr(
