@@ -4,7 +4,7 @@
     python tests/benchmarks/bake.py --questions 5 10 20 40       # a passage
     python tests/benchmarks/bake.py --no-gap-filter
     python tests/benchmarks/bake.py --anchors 0
-    python tests/benchmarks/bake.py --human                      # the 60 human questions of the facts alone: the ceiling
+    python tests/benchmarks/bake.py --human                      # the 60 human questions alone: the ceiling
 
 The document is examples/bake/facts.md; the judges are the 40 human questions of builtin:facts_heldout (does the answer
 hold the word?) and the drift on builtin:neutral_heldout, both with the system turn of those rows.
