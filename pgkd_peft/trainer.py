@@ -31,7 +31,7 @@ from trl.experimental.gkd import GKDTrainer
 from .config import PrivilegedGKDConfig
 from .data.check import checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
-from .divergence import linear_jsd
+from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError
 from .evaluation.gap_callback import EvaluationMixin
@@ -159,7 +159,7 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
             add_hidden_states_forward(base_of(separate))
         self.head = Head(student)
         self.teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
-        self.teacher_head = Head(separate if separate is not None else student, teacher=self.teacher.which)
+        self.teacher_head = self.head if separate is None else Head(separate)
 
         # 3. TRL's trainers around them, without what they would change.
         with keep_adapter(student, args), without_migration_advice("trl.experimental.gkd.gkd_trainer"):
@@ -364,18 +364,14 @@ class PrivilegedSelfDistillTrainer(CheckpointMixin, EvaluationMixin, GKDTrainer)
         )  # (N, D)
         teacher_hidden = torch.cat([row.teacher_hidden for row in rows if row.kept] or [hidden.detach()])
         tokens = torch.tensor([t for row in rows for t in row.kept], device=hidden.device, dtype=torch.long)
-        result = linear_jsd(
+        result = jsd_between(
             hidden,
-            teacher_hidden.detach() * (teacher_head.scale / head.scale),
-            head.weight,
-            head_bias=head.bias,
-            teacher_head_weight=teacher_head.weight,
-            teacher_head_bias=teacher_head.bias,
+            head,
+            teacher_hidden,
+            teacher_head,
             beta=self.beta,
             temperature=args.loss_temperature,
             normalize=args.normalize_beta,
-            softcap=head.softcap,
-            logit_scale=head.scale,
             clip=args.divergence_clip,
             clip_mode=args.divergence_clip_mode,
             top_k=args.loss_top_k,

@@ -6,7 +6,8 @@ from tiny import save_tiny, tiny_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pgkd_peft import PrivilegedGKDConfig, attention
+from pgkd_peft import PrivilegedGKDConfig
+from pgkd_peft.model import cpu as attention
 from pgkd_peft.model.cpu import CPU_ATTENTION, use_short_backward
 from pgkd_peft.model.student import load_quantized
 
@@ -116,7 +117,7 @@ def test_whole_models_answer_and_learn_as_before(kind):
         logits = model(input_ids=ids, attention_mask=mask).logits[:, 4:]
         logits.logsumexp(-1).sum().backward()
         found.append([logits.detach(), *(param.grad.clone() for param in model.parameters())])
-        use_short_backward(model)
+        use_short_backward(model, model.device)
     assert model.config._attn_implementation == CPU_ATTENTION
     assert not torch.equal(found[0][1], found[1][1])  # another order of the same sums
     for before, after in zip(*found):

@@ -58,7 +58,8 @@ def load_base(
         quantization: nf4, int8 or none; ignored when `quantization_config` is given.
         dtype: of the weights that are not quantized, and the compute dtype of those that are. Default:
             :func:`compute_dtype`.
-        device: where to put it. Default: the current CUDA device if there is one, else the CPU.
+        device: where to put it, quantized or not, unless `model_kwargs` holds a ``device_map``. Default: the current
+            CUDA device if there is one, else the CPU.
         quantization_config: bitsandbytes settings that replace those of `quantization`.
         model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
@@ -68,11 +69,11 @@ def load_base(
     dtype = dtype or compute_dtype()
     if quantization_config is None:
         quantization_config = bnb_config(quantization, dtype)
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     if quantization_config is not None:
         model_kwargs["quantization_config"] = quantization_config
-        if device is None and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
-        model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
+        model_kwargs.setdefault("device_map", {"": device})
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, **model_kwargs
@@ -82,7 +83,7 @@ def load_base(
             f"model {name_or_path!r} cannot be loaded: {first_line(error)} Give a local directory that holds "
             "config.json and the weights, or a Hub id that exists and that you may read."
         ) from error
-    if quantization_config is None and device is not None:
+    if model_kwargs.get("device_map") is None:
         model.to(device)
     guard_cpu_linear4bit(model)
     model.requires_grad_(False)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import PrivilegedGKDConfig, compute_dtype
 from ..errors import ConfigError, ModelError, first_line
 from .adapters import STUDENT, load_adapter
 from .cpu import guard_cpu_linear4bit, use_short_backward
-from .load import attach_lora, load_base, load_tokenizer, prepare_tokenizer
+from .head import refuse_trainable_head
+from .load import attach_lora, base_of, load_base, load_tokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def build_student(
         ModelError, ConfigError: it cannot be used as asked.
     """
     loaded = ""
+    refuse_trainable_head(peft_config)
     if isinstance(model, str):
         adapter = model if is_adapter_folder(model) else None
         if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
@@ -102,6 +104,8 @@ def build_student(
         if adapter is not None and peft_config is not None:
             raise ConfigError(f"{adapter!r} is an adapter, which brings its own LoRA settings; remove peft_config.")
         base = adapter_base(adapter) if adapter else model
+        if adapter:
+            refuse_trainable_head(LoraConfig.from_pretrained(adapter))
         model = load_quantized(base, args, quantization_config)
         what = "given settings" if quantization_config is not None else args.base_quantization
         loaded = f"base {base} loaded once ({what}, {str(training_dtype(args)).removeprefix('torch.')}); "
@@ -118,12 +122,15 @@ def build_student(
     if isinstance(model, PeftModel):
         _check_peft_model(model, peft_config)
         guard_cpu_linear4bit(model)
+        use_short_backward(base_of(model), args.device)
         return model, "training the given PeftModel"
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"model is a {type(model).__name__}; pass a path, a Hub id, a Transformers model or a PeftModel"
         )
     guard_cpu_linear4bit(model)
+    if not loaded:
+        use_short_backward(model, args.device)
     student = attach_lora(model, peft_config)
     lora = student.peft_config[STUDENT]
     which = "LoRA" if peft_config is not None else "default LoRA"
@@ -177,10 +184,10 @@ def load_quantized(
         quantization=args.base_quantization,
         dtype=dtype or training_dtype(args),
         trust_remote_code=kwargs.pop("trust_remote_code", args.trust_remote_code),
-        device=None if torch.cuda.is_available() and not args.use_cpu else "cpu",
+        device=args.device,
         quantization_config=quantization_config,
         **kwargs,
     )
     if not teacher and "attn_implementation" not in kwargs:
-        use_short_backward(model)
+        use_short_backward(model, args.device)
     return model
