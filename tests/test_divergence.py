@@ -568,7 +568,7 @@ def test_the_kernel_that_inductor_makes_is_the_eager_one(beta, change, monkeypat
 
 
 def test_graphs_of_many_settings_do_not_crowd_each_other_out():
-    """torch.compile keeps eight graphs of a function and then runs it unfused: each choice has a function of its own."""
+    """torch.compile keeps eight graphs of a function, then runs it unfused: each choice has a function of its own."""
     torch._dynamo.reset()
     made = []
     for i in range(12):

@@ -1,4 +1,4 @@
-"""Which path the loss takes inside a real step, where accelerate hands over float32 rows whatever the model computes in."""
+"""Which path the loss takes inside a real step, where accelerate hands over float32 rows whatever the model runs in."""
 
 from __future__ import annotations
 
