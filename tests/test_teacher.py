@@ -580,6 +580,25 @@ def test_the_frozen_adapter_and_the_separate_teacher_are_covered():
         check.verify("now")
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_the_scales_of_an_int8_base_are_seen(tmp_path, used):
+    """They are neither parameters nor buffers, and the first forward moves them from the weight to the layer."""
+    model = get_peft_model(load_base(save_tiny(tmp_path / "base"), quantization="int8", device="cpu"), lora())
+    check = FrozenCheck(model)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    lora_layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
+    if used:
+        logits(model)
+    check.verify("now")
+    for changed, name in ((layer, "up_proj"), (lora_layer, "down_proj")):
+        scales = changed.state.SCB if used else changed.weight.SCB
+        scales.mul_(2)
+        with pytest.raises(FrozenBaseError, match=rf"layers\.1\.mlp\.{name}\.weight \(scales\)"):
+            check.verify("now")
+        scales.div_(2)
+    check.verify("now")
+
+
 def test_one_flipped_bit_of_a_quantized_base_is_seen(tmp_path):
     model = get_peft_model(load_base(save_tiny(tmp_path / "m"), quantization="nf4", device="cpu"), lora())
     check = FrozenCheck(model)
