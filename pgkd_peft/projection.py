@@ -54,7 +54,7 @@ class TensorHead:
         self.trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         self.grad_dtype = torch.promote_types(hidden.dtype, weight.dtype)
         slow = self.grad_dtype == torch.float16 or (self.grad_dtype == torch.bfloat16 and not _bf16_products())
-        if slow and not hidden.is_cuda:
+        if slow and not has_wide_products(hidden.device):
             self.grad_dtype = torch.float32  # such a product on CPU takes up to a hundred times as long
 
     def same_as(self, other: TensorHead | ModuleHead) -> bool:
@@ -68,7 +68,7 @@ class TensorHead:
     def project(self, hidden: Tensor, out: Tensor, want_grad: bool) -> Callable[[Tensor], Tensor]:
         """Writes the logits (R, V) of hidden (R, D) into out; returns what takes their gradient back to (R, D)."""
         # A 16-bit product on CUDA accumulates and returns fp32; on CPU it would round the logits to 16 bits.
-        dtype = self.grad_dtype if out.is_cuda and out.dtype == torch.float32 else out.dtype
+        dtype = self.grad_dtype if has_wide_products(out.device) and out.dtype == torch.float32 else out.dtype
         hidden = hidden.to(dtype)
         for columns, weight in self._blocks(dtype):
             if dtype == out.dtype:
@@ -81,7 +81,7 @@ class TensorHead:
 
     def pull_back(self, grad: Tensor) -> Tensor:
         """Gradient of the logits (R, V), in `grad_dtype`, -> of the hidden rows (R, D)."""
-        wide = {"out_dtype": torch.float32} if grad.is_cuda and grad.dtype.itemsize == 2 else {}
+        wide = {"out_dtype": torch.float32} if has_wide_products(grad.device) and grad.dtype.itemsize == 2 else {}
         parts = (torch.mm(grad[:, columns], weight, **wide) for columns, weight in self._blocks(grad.dtype))
         total = next(parts)
         for part in parts:
@@ -117,6 +117,11 @@ class ModuleHead:
             logits = self.module(hidden)
         out.copy_(logits.detach()).clamp_(min=MASKED)
         return lambda grad: torch.autograd.grad(logits, hidden, grad.to(logits.dtype))[0]
+
+
+def has_wide_products(device: torch.device) -> bool:
+    """Whether 16-bit matrices have a product in float32: on CUDA, whose tensor cores accumulate in it."""
+    return device.type == "cuda"
 
 
 def _bf16_products() -> bool:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .model.load import base_of
 from .rows import TOKEN_BUDGET, Row, by_length, hand_out, pack
+from .run.memory import in_halves
 
 
 def without_padding(model: nn.Module) -> bool:
@@ -56,10 +57,14 @@ def score_teacher(model: nn.Module, rows: Sequence[Row], pad_id: int, token_budg
             groups.setdefault(tuple(row.teacher_prompt), []).append(row)
         else:
             row.teacher_hidden = torch.empty(0, 0, device=device)
-    single = [group[0] for group in groups.values() if len(group) == 1]
-    for batch in by_length(single, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget):
+
+    def read(batch: list[Row]) -> None:
         packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device, flat=without_padding(model))
         hand_out(batch, model(**packed))
+
+    single = [group[0] for group in groups.values() if len(group) == 1]
+    for batch in by_length(single, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget):
+        in_halves(read, batch)
     for prompt, group in groups.items():
         if len(group) > 1:
             _score_shared_prompt(model, list(prompt), group, pad_id, token_budget, device)
@@ -70,7 +75,8 @@ def _score_shared_prompt(
 ) -> None:
     """One prefill of `prompt` but for its last token, then all its completions on copies of the cache."""
     prefix = torch.tensor([prompt[:-1]], device=device)
-    for batch in by_length(group, lambda r: len(prompt) + len(r.completion), token_budget):
+
+    def read(batch: list[Row]) -> None:
         cache = DynamicCache(config=base_of(model).config.get_text_config())
         if prefix.shape[1]:
             nothing = torch.zeros_like(prefix, dtype=torch.bool)
@@ -81,3 +87,6 @@ def _score_shared_prompt(
         seen = packed["attention_mask"].new_ones(len(batch), prefix.shape[1])
         packed["attention_mask"] = torch.cat([seen, packed["attention_mask"]], dim=1)
         hand_out(batch, model(**packed, past_key_values=cache, use_cache=True))
+
+    for batch in by_length(group, lambda r: len(prompt) + len(r.completion), token_budget):
+        in_halves(read, batch)

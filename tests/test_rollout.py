@@ -15,6 +15,8 @@ from pgkd_peft.model.cpu import guard_cpu_linear4bit
 from pgkd_peft.model.frozen import FrozenCheck
 from pgkd_peft.model.load import attach_lora, base_of, bnb_config, load_base
 from pgkd_peft.rollout import budget_of, cache_bytes, generate, pick, window_generator
+from pgkd_peft.rows import Row
+from pgkd_peft.scoring import add_hidden_states_forward, score_teacher
 
 PROMPTS = [[5, 40, 41], [5, 60, 61, 62, 63, 64, 65, 66], [5, 90], [5, 100, 101, 102, 103]]
 SETTINGS = {"max_new_tokens": 12, "stop_ids": [4], "pad_id": 0}
@@ -225,3 +227,33 @@ def test_model_helpers(llama_path):
     assert bnb_config("none", torch.bfloat16) is None
     assert guard_cpu_linear4bit(load_base(llama_path)) == 14
     assert len(byte_tokenizer().decode(generate(tiny_model(), PROMPTS[:1], **SETTINGS)[0])) > 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_teacher_pass_that_runs_out_of_memory_goes_on_in_halves(shared, monkeypatch, caplog):
+    model = tiny_model()
+    add_hidden_states_forward(model)
+
+    def rows():
+        prompts = [PROMPTS[1]] * 5 if shared else [[5, 40 + i, 50, 60 + i] for i in range(5)]
+        return [Row(prompt, prompt, [70 + i, 80, 90], True, 0) for i, prompt in enumerate(prompts)]
+
+    expected, halved = rows(), rows()
+    score_teacher(model, expected, pad_id=0)
+    sizes, whole = [], type(model.model).forward
+
+    def small_machine(self, input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return whole(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", small_machine)
+    score_teacher(model, halved, pad_id=0)
+    assert max(sizes) == 5
+    assert "half" in caplog.text
+    for a, b in zip(expected, halved):
+        torch.testing.assert_close(a.teacher_hidden, b.teacher_hidden, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):  # a single row that does not fit
+        score_teacher(model, rows(), pad_id=0)
