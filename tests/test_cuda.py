@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make gpu` runs these; without a GPU they are skipped, and then nothing of them is proven."""
+"""What only a GPU can show. `make gpu` runs these; without a GPU they are skipped, and nothing of it is proven."""
 
 from __future__ import annotations
 
