@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .data.tokens import decode, token_texts
-from .divergence import linear_jsd
+from .divergence import jsd_between
 from .model.adapters import adapter_state
 from .rows import Row
 from .run.jsonl import append_lines
@@ -87,18 +87,14 @@ def hidden_of_both(trainer: Any, rows: Sequence[Row]) -> list[tuple[torch.Tensor
 def token_divergence(trainer: Any, student: torch.Tensor, teacher: torch.Tensor, *, beta: float) -> torch.Tensor:
     """The loss's divergence (N,) in nats, without its clip; `beta` 0 is KL(teacher || student)."""
     args, head, teacher_head = trainer.args, trainer.head, trainer.teacher_head
-    return linear_jsd(
+    return jsd_between(
         student,
-        teacher * (teacher_head.scale / head.scale),
-        head.weight,
-        head_bias=head.bias,
-        teacher_head_weight=teacher_head.weight,
-        teacher_head_bias=teacher_head.bias,
+        head,
+        teacher,
+        teacher_head,
         beta=beta,
         temperature=args.loss_temperature,
         normalize=args.normalize_beta,
-        softcap=head.softcap,
-        logit_scale=head.scale,
         top_k=args.loss_top_k,
         chunk_mib=args.loss_chunk_mib,
     ).divergence.detach()
