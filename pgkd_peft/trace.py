@@ -17,13 +17,13 @@ from .data.tokens import decode, token_texts
 from .divergence import linear_jsd
 from .model.adapters import adapter_state
 from .rows import Row
+from .run.folder import TRACE_FILE
 from .run.jsonl import append_lines
 from .scoring import score_teacher
 
 if TYPE_CHECKING:
     from .model.head import Head
 
-TRACE_FILE = "traces.jsonl"
 TOP = 5
 
 

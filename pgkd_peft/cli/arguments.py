@@ -23,6 +23,7 @@ from ..config import PrivilegedGKDConfig
 from ..data.named import model_path
 from ..errors import ConfigError
 from ..evaluation.scorers import make_scorer
+from ..run.folder import ADAPTER_CONFIG
 
 
 @dataclass
@@ -436,7 +437,7 @@ def lora_config(model: ModelArguments) -> Any:
     changed = [name for name in names if getattr(model, name) != defaults[name]]
     if not changed:
         return None
-    if (Path(str(model.model_name_or_path)) / "adapter_config.json").is_file():
+    if (Path(str(model.model_name_or_path)) / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{model.model_name_or_path} is an adapter, which brings its own LoRA settings; remove {', '.join(changed)}"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data.tokens import visible
 from ..errors import ConfigError, ModelError
+from ..run.folder import ADAPTER_CONFIG
 from .arguments import Parser
 
 DESCRIPTION = """Talk to a trained adapter (a run folder) or to a merged model. Of an adapter three answers are shown:
@@ -102,7 +103,7 @@ def chat(model: str, args: ChatArguments) -> int:
     from transformers import set_seed
 
     console = Console()
-    is_merged = (Path(model) / "config.json").is_file() and not (Path(model) / "adapter_config.json").is_file()
+    is_merged = (Path(model) / "config.json").is_file() and not (Path(model) / ADAPTER_CONFIG).is_file()
     speakers, settings = _merged(model, args) if is_merged else _adapter(model, args, console)
     set_seed(args.seed)
     if args.message is not None:

@@ -14,11 +14,17 @@ from ..data.named import load_named, split_of
 from ..errors import ConfigError, DataError
 from ..evaluation.controls import CONTROLS, check_controls
 from ..evaluation.scorers import make_scorer
-from ..run.info import HOLDOUT_FILE, TRAINED_FILE
+from ..run.folder import (
+    CARD_FILE,
+    HOLDOUT_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    TOKENIZER_CONFIG,
+    TRAINED_FILE,
+)
 from .arguments import Parser, column_templates
 from .judge import add_nats, choose_scorer
 from .results import (
-    RESULTS_FILE,
     add_drift,
     answers_file,
     control_summary,
@@ -26,7 +32,7 @@ from .results import (
     update_card,
     write_results,
 )
-from .train import RECIPE_FILE, recipe_folder
+from .train import recipe_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -212,7 +218,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         told["limit"] = len(rows)
     written = write_results(result, out, told)
     if written == out:
-        update_card(run.folder / "README.md", result, told)
+        update_card(run.folder / CARD_FILE, result, told)
     else:
         console.print(f"{out} holds the results of all rows and stays as it is, as does the model card.")
     out = written
@@ -289,7 +295,7 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
     from ..data.collator import DataCollatorForPrivilegedGKD
     from ..model.load import load_tokenizer
 
-    source = run.folder if (run.folder / "tokenizer_config.json").is_file() else run.base
+    source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
     names = ("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template")
     names += ("allow_privileged_cut",)
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}

@@ -12,7 +12,7 @@ from ..data.holdout import hold_out, write_rows, write_trained
 from ..data.named import load_named, own_held_out, split_of
 from ..errors import DataError
 from ..run.checkpoint import check_run_folder
-from ..run.info import RUN_FILE
+from ..run.folder import CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
 from ..run.jsonl import read_json
 from .arguments import (
     DataArguments,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..evaluation.sft_control import SFTControlTrainer
     from ..trainer import PrivilegedSelfDistillTrainer
 
-RECIPE_FILE = "recipe.yaml"
 HOLDOUT_ROWS = 64
 ROLLOUT_LOG_STEPS = 25
 NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
@@ -89,7 +88,6 @@ def run_training(
     if config.is_open("rollout_log_steps"):
         config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
-    from ..run.info import HOLDOUT_FILE, TRAINED_FILE
     from ..view.progress import Watch
     from ..view.terminal import MetricsFileCallback, install
 
@@ -111,7 +109,7 @@ def run_training(
     trainer.run_info.finished = True
     trainer.save_model()
     if data.control is not None and trainer.is_world_process_zero():
-        mark_card(Path(config.output_dir) / "README.md", data.control)
+        mark_card(Path(config.output_dir) / CARD_FILE, data.control)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     return trainer, held_out
@@ -258,8 +256,8 @@ def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
 
 def recipe_folder(adapter: Path) -> Path | None:
     """The folder with the recipe of the run that an adapter folder (or checkpoint) belongs to; None without one."""
-    places = [adapter, adapter.parent] if adapter.name.startswith("checkpoint") else [adapter]
-    return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
+    recipe = find_in_run(adapter, RECIPE_FILE)
+    return recipe.parent if recipe is not None else None
 
 
 def mark_card(path: Path, control: str) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from transformers import BitsAndBytesConfig
 
 from ..config import QUANTIZATIONS, compute_dtype
 from ..errors import ConfigError, ModelError, first_line
 from ..model.load import bnb_config
+from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, RESULTS_FILE, RUN_FILE, SUMMARY_FILE, find_in_run
 
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
 
@@ -39,7 +38,7 @@ class AdapterRun:
         dtype: of the weights that are not quantized, and of those that are before they were quantized.
         assumed: one sentence for each thing that no file says and that was therefore assumed.
         info: run.json, {} when there is none.
-        results: summary.json (base, teacher, student, recovered, n, drift), {} when there is none.
+        results: eval_results.json, else the demo's summary.json (base, teacher, student, recovered, n, drift), else {}.
     """
 
     folder: Path
@@ -84,8 +83,9 @@ def read_run(
     folder = _adapter_folder(adapter)
     config = _read_json(folder / ADAPTER_CONFIG)
     _check_adapter_config(config, folder)
-    run_folder, info = _find_json(folder, "run.json")
-    _, results = _find_json(folder, "summary.json", "eval_results.json")
+    run_folder, info = _find_json(folder, RUN_FILE)
+    # Whatever is judged writes eval_results.json; the demo's own summary may be older than the last judgement.
+    _, results = _find_json(folder, RESULTS_FILE, SUMMARY_FILE)
     base_name = base_model or config.get("base_model_name_or_path")
     if not base_name:
         raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Give --base-model.")
@@ -215,13 +215,9 @@ def _check_adapter_config(config: dict[str, Any], folder: Path) -> None:
 
 
 def _find_json(folder: Path, *names: str) -> tuple[Path | None, dict[str, Any]]:
-    """The first of `names` in the folder, or in the one above it when the folder is a checkpoint of a run."""
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint") else [folder]
-    for place in places:
-        for name in names:
-            if (place / name).is_file():
-                return place, _read_json(place / name)
-    return None, {}
+    """The first of `names` that the folder has, or the one above it when the folder is a checkpoint of a run."""
+    path = next(filter(None, (find_in_run(folder, name) for name in names)), None)
+    return (None, {}) if path is None else (path.parent, _read_json(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 
 from ..errors import ConfigError
 from ..model.load import load_base
+from ..run.folder import ADAPTER_FILE, CARD_FILE
 from . import card as publish
-from .adapter import ADAPTER_FILE, AdapterRun, read_run
+from .adapter import AdapterRun, read_run
 from .merge_report import MergeReport, merged_card, recommend, survived
 from .merged_weights import BASES, MergedWeights
 from .rounding import Surviving
@@ -141,7 +142,7 @@ def merge_adapter(
                 _measure_other(report, trained, folder, trust_remote_code, log)
         _judge(report, rows, tolerance, log)
     report.seconds = time.time() - started
-    (folder / "README.md").write_text(merged_card(report, run), encoding="utf-8")
+    (folder / CARD_FILE).write_text(merged_card(report, run), encoding="utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if report.passed is False:
         raise VerificationError(_failure(report, folder), report)

@@ -14,46 +14,30 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError, ConfigError
+from .folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    COMPLETIONS_FILE,
+    MANIFEST,
+    RUN_FILE,
+    STATE_FILE,
+    TEACHER_FILE,  # noqa: F401  base_trainer takes it from here
+    is_checkpoint,
+    is_run_file,
+)
+from .jsonl import write_json
 
 logger = logging.getLogger(__name__)
 
-
-TEACHER_FILE = "teacher.safetensors"
-MANIFEST = "manifest.json"
-STATE_FILE = "trainer_state.json"
-NEEDED = (ADAPTER_FILE, "adapter_config.json", "optimizer.pt", "scheduler.pt", STATE_FILE)
+NEEDED = (ADAPTER_FILE, ADAPTER_CONFIG, "optimizer.pt", "scheduler.pt", STATE_FILE)
 HIDDEN = (".saving-", ".replaced-", ".deleting-")
-
-# What a run leaves in its folder, so that --overwrite removes this and nothing else.
-RUN_FILES = (
-    "run.json",
-    "recipe.yaml",
-    "holdout.jsonl",
-    "trained_prompts.txt",
-    "metrics.jsonl",
-    "completions.jsonl",
-    "traces.jsonl",
-    "summary.json",
-    "eval_results.json",
-    "eval_answers.jsonl",
-    "report.html",
-    "README.md",
-    ADAPTER_FILE,
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "training_args.bin",
-)
 
 
 # ---- finding and checking ------------------------------------------------------------------------------------------
@@ -64,7 +48,7 @@ def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     folder = Path(run_dir)
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    found = [p for p in folder.iterdir() if p.is_dir() and is_checkpoint(p.name)]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
@@ -129,7 +113,7 @@ def check_run_folder(output_dir: str | os.PathLike, *, resume: bool = False, ove
     if int(os.environ.get("RANK", "0")) > 0:  # the first process decides
         return None
     old = [p.name for p in reversed(checkpoints(folder))]
-    old += [name for name in ("run.json", ADAPTER_FILE, "completions.jsonl") if (folder / name).is_file()]
+    old += [name for name in (RUN_FILE, ADAPTER_FILE, COMPLETIONS_FILE) if (folder / name).is_file()]
     if old and not overwrite:
         last = next(iter(checkpoints(folder)), None)
         go_on = f"--resume to continue from {last.name}, " if last else ""
@@ -139,9 +123,9 @@ def check_run_folder(output_dir: str | os.PathLike, *, resume: bool = False, ove
         )
     if overwrite and folder.is_dir():
         for path in folder.iterdir():
-            if path.is_dir() and (re.fullmatch(r"checkpoint-\d+", path.name) or path.name.startswith(HIDDEN)):
+            if path.is_dir() and (is_checkpoint(path.name) or path.name.startswith(HIDDEN)):
                 shutil.rmtree(path)
-            elif path.is_file() and (path.name in RUN_FILES or re.fullmatch(r"failed_batch_step\d+\.json", path.name)):
+            elif path.is_file() and is_run_file(path.name):
                 path.unlink()
     return None
 
@@ -176,7 +160,7 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, {"files": files})
     _sync(folder / MANIFEST)
 
 
