@@ -64,7 +64,8 @@ def longest_privileged(config: PrivilegedGKDConfig, tokenizer: Any, datasets: It
     """Tokens of the longest PI text; rows that cannot be read are left to the report on them."""
     lengths: dict[tuple[str, ...], int] = {(): 0}
     for rows in datasets:
-        for row in rows if isinstance(rows, Sequence) or hasattr(rows, "column_names") else ():
+        readable = rows is not None and (isinstance(rows, Sequence) or hasattr(rows, "column_names"))
+        for row in rows if readable and rows is not None else ():
             if not isinstance(row, Mapping):
                 continue
             try:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from .config import PrivilegedGKDConfig
 from .data.check import DataReport
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, RunFinished
 from .model.adapters import STUDENT, adapter_state, load_adapter
 from .model.frozen import FrozenCheck, ProbeCallback
 from .run.checkpoint import (
@@ -30,6 +30,7 @@ from .run.checkpoint import (
     cannot_write,
     explain_full_disk,
     find_checkpoint,
+    finished_at,
     is_about_writing,
     publish,
     remove_leftovers,
@@ -41,6 +42,7 @@ from .run.console import logger
 from .run.info import RunInfo
 from .run.interrupt import interruptible
 from .run.meters import Meters, means_of, over_ranks
+from .run.place import locked
 from .run.resume import Continue, check_belongs, progress_file, readable_state
 from .trl_compat import log_progress
 
@@ -113,14 +115,16 @@ class RunTrainer(SFTTrainer):
                 run then goes on as if it had not been interrupted: the same data, rollouts, dropout and losses.
 
         Raises:
-            RunInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
+            RunInterrupted: SIGTERM, SIGHUP or Ctrl-C; a checkpoint was saved first.
+            RunFinished: the run that was to be resumed is at its end; nothing was changed.
+            ConfigError: another process is at work in the run folder.
             CheckpointError: a checkpoint cannot be written, or the one to resume from is damaged or of another base.
             FrozenBaseError, NonFiniteLossError: see there.
         """
         self._prepare_gap_callbacks()
         run_dir = str(self.args.output_dir)
         checkpoint = find_checkpoint(run_dir, resume_from_checkpoint)
-        with explain_full_disk(run_dir), interruptible(self), self.run_info.recording():
+        with explain_full_disk(run_dir), locked(run_dir), interruptible(self), self.run_info.recording():
             result = super().train(checkpoint, *args, **kwargs)
             self.frozen.verify("at the end of training", probe=True)
         return result
@@ -255,6 +259,11 @@ class RunTrainer(SFTTrainer):
         folder = Path(resume_from_checkpoint)
         check_belongs(folder, self.run_info.collect())
         load_adapter(self.model, folder)
+        done = finished_at(str(self.args.output_dir), folder, self.args)
+        if done is not None:
+            self.state = TrainerState.load_from_json(str(folder / STATE_FILE))
+            raise RunFinished(done)
+        self._load_rng_state(str(folder))  # seen to be readable before anything is written; loaded again in its place
         if self.teacher is not None and (folder / TEACHER_FILE).is_file():
             self.teacher.load(str(folder / TEACHER_FILE))
             self.frozen.restart()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
+from transformers import Trainer, get_scheduler
 from trl.experimental.gkd import GKDConfig
 
-from .errors import ConfigError
+from .errors import ConfigError, PGKDError, explained, reason
+from .inherited import MAPPINGS, RANGES, REFUSED
+
+logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("nf4", "int8", "none")
 PLACEMENTS = ("messages", "user", "system")
@@ -167,6 +174,15 @@ class PrivilegedGKDConfig(GKDConfig):
         metadata={"help": "Decay a step of teacher_adapter='ema': teacher = decay*teacher + (1-decay)*student."},
     )
 
+    teacher_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "Host memory in GiB for what a fixed teacher (disabled, initial, or another model) has read: "
+            "beginnings of its prompts, and answers that stay. 0: nothing is kept from step to step. Default: a "
+            "quarter of the free memory."
+        },
+    )
+
     def __new__(cls, *args: Any, **kwargs: Any) -> PrivilegedGKDConfig:
         self = super().__new__(cls)
         names = [f.name for f in fields(cls) if f.init]
@@ -205,16 +221,22 @@ class PrivilegedGKDConfig(GKDConfig):
             value = self._number(name, float)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it must lie between 0.0 and 1.0.")
+        self._check_inherited()
         self._settle_device()
         try:
             with warnings.catch_warnings():  # TRL sets the field that Transformers has renamed
                 warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
                 super().__post_init__()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        except PGKDError:
+            raise
+        except Exception as error:  # any type: a value of a wrong type fails where Transformers first uses it
+            raise ConfigError(f"these settings cannot be used: {reason(error)}") from error
+        self._settle_gpus()
         self._check_choices()
         self._check_ranges()
-        self._check_inherited()
+        self._check_mappings()
+        self._check_optimizer()
+        self._check_trackers()
 
     def _settle_device(self) -> None:
         """Without an accelerator train on the CPU; on a GPU without bfloat16 (T4) use float16."""
@@ -225,6 +247,20 @@ class PrivilegedGKDConfig(GKDConfig):
         elif self.bf16 is None and not self.fp16 and compute_dtype() == torch.float16:  # type: ignore[has-type]
             self.fp16 = True
 
+    def _settle_gpus(self) -> None:
+        """One process trains on one GPU; Transformers would split batches over all that are visible (DataParallel),
+        which TRL's trainers refuse."""
+        count = self.n_gpu
+        if count > 1:
+            self._n_gpu = 1
+            logger.warning(
+                "%d GPUs are visible, one is used (%s). For all of them: accelerate launch --multi_gpu --num_processes "
+                "%d -m pgkd_peft train ...; to choose one: CUDA_VISIBLE_DEVICES.",
+                count,
+                self.device,
+                count,
+            )
+
     def _number(self, name: str, kind: type) -> Any:
         value = getattr(self, name)
         if isinstance(value, str):
@@ -233,6 +269,8 @@ class PrivilegedGKDConfig(GKDConfig):
             except ValueError:
                 raise ConfigError(f"{name} is {value!r}; it must be a number.") from None
             setattr(self, name, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; it must be a finite number.")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
             raise ConfigError(f"{name} is {value!r}; it must be {'a whole number' if kind is int else 'a number'}.")
         return value
@@ -272,6 +310,10 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError(f"divergence_clip is {self.divergence_clip}; it must be more than 0, or left out.")
         if self.loss_top_k is not None and self._number("loss_top_k", int) < 1:
             raise ConfigError(f"loss_top_k is {self.loss_top_k}; it must be 1 or more, or left out.")
+        if self.teacher_cache_gib is not None and not 0 <= self._number("teacher_cache_gib", float) < float("inf"):
+            raise ConfigError(
+                f"teacher_cache_gib is {self.teacher_cache_gib}; it must be 0 (keep nothing) or more, or left out."
+            )
         if not isinstance(self.privileged_key, str) or not self.privileged_key.strip():
             raise ConfigError("privileged_key is empty; give the name of the dataset column that holds the PI.")
         if self.privileged_key == "messages":
@@ -280,18 +322,33 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError("privileged_template lacks {privileged}: the teacher would never see the PI.")
 
     def _check_inherited(self) -> None:
-        """Inherited settings that have no meaning here are refused by name rather than ignored."""
-        for name, wanted, why in (
-            ("packing", False, "rows stay separate, each with two contexts"),
-            ("padding_free", False, "batches are padded"),
-            ("assistant_only_loss", False, "the loss is taken on the completion alone"),
-            ("completion_only_loss", None, "the loss is always taken on the completion alone"),
-            ("use_liger_kernel", False, "it would replace the loss"),
-            ("label_smoothing_factor", 0.0, "there are no labels, the teacher's distribution is the target"),
-            ("auto_find_batch_size", False, "the rollout batch halves itself when memory runs out"),
-        ):
-            if getattr(self, name) != wanted:
-                raise ConfigError(f"{name}={getattr(self, name)!r} cannot be used: {why}. Remove it.")
+        """Inherited settings that have no meaning here are refused by name rather than ignored, and numbers that cannot
+        train, before Transformers meets them."""
+        for name, refused in REFUSED.items():
+            if getattr(self, name) is None and isinstance(refused.wanted, str):  # null in a recipe: left alone
+                setattr(self, name, refused.wanted)
+            if not refused.is_left_alone(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} cannot be used: {refused.why}. Remove it.")
+        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
+        for name, accepted in RANGES.items():
+            if getattr(self, name) is None and name in optional:
+                continue
+            if not accepted.allows(self._number(name, accepted.kind)):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {accepted}.")
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ConfigError("output_dir is empty; give the folder to write the run to.")
+        if self._number("max_steps", int) < 1 and self.max_steps != -1:
+            raise ConfigError(
+                f"max_steps is {self.max_steps}; it must be 1 or more (or -1: num_train_epochs says how long)."
+            )
+        for own in dataclasses.fields(self):  # a number that no table knows can still not be NaN or infinite
+            if isinstance(getattr(self, own.name, None), float):
+                self._number(own.name, float)
+        if self.train_sampling_strategy == "group_by_length":
+            raise ConfigError(
+                "train_sampling_strategy is 'group_by_length', which needs rows of token ids; the rows of a step are "
+                "grouped by length anyway. Use random or sequential."
+            )
         if self.max_length is not None and self._number("max_length", int) < 8:
             raise ConfigError(f"max_length is {self.max_length}; it must be 8 or more, or None for no limit.")
         if self.teacher_model_name_or_path is not None and self.share_student_as_teacher:
@@ -301,6 +358,46 @@ class PrivilegedGKDConfig(GKDConfig):
             )
         if self.seq_kd and self.lmbda == 1.0:
             warnings.warn("seq_kd=True does nothing with lmbda=1.0; lower lmbda or drop seq_kd.", stacklevel=4)
+
+    def _check_mappings(self) -> None:
+        for name in MAPPINGS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(
+                    f'{name} is {value!r}; it must be a mapping (on the command line JSON, {{"name": 1}}).'
+                )
+
+    def _check_optimizer(self) -> None:
+        """Optimizer and scheduler are made when training begins; what they lack is found out now, on one number."""
+        with explained(f"optim {str(self.optim)!r} with optim_args {self.optim_args!r} cannot be used", ConfigError):
+            try:
+                Trainer.get_optimizer_cls_and_kwargs(self)
+            except ValueError as error:
+                if "model" not in str(error):  # some look for their layers in it
+                    raise
+        if self.lr_scheduler_type == "reduce_lr_on_plateau":
+            return  # takes other arguments
+        kind, kwargs = str(self.lr_scheduler_type), self.lr_scheduler_kwargs
+        with explained(f"lr_scheduler_type {kind!r} with lr_scheduler_kwargs {kwargs!r} cannot be used", ConfigError):
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+
+    def _check_trackers(self) -> None:
+        """A tracker that is not installed would end the run when its model is loaded already."""
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        there = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise ConfigError(
+                    f"report_to is {name!r}; accepted are none, all, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+                )
+            if name not in there:
+                raise ConfigError(
+                    f"report_to is {name!r}, whose package is not installed: pip install {name.replace('_', '-')}, or "
+                    "leave it out (report_to none; every run folder has metrics.jsonl)."
+                )
 
     def divergence_in_words(self) -> str:
         """One line that says which divergence is minimised, with its formula in words."""

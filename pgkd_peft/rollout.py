@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
+from .errors import ModelError
 from .model.adapters import eval_mode
+from .model.caches import cache_argument, is_plain, joined, new_cache, select_rows, why_not_shared
 from .model.load import base_of
+from .prefix import Prefix, Prefixes, TeacherMemory
 from .run.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,9 @@ logger = logging.getLogger(__name__)
 # Rows x (prompt + new) tokens of one generation sub-batch. 16k tokens of a 7B model with 8 KV heads of 128 are 2 GiB
 # of cache in 16 bits.
 TOKEN_BUDGET = 16_384
+
+# Tokens of a beginning that rows of other lengths share only in forwards of their own (windows, states).
+WORTH_A_FORWARD = 256
 
 
 def window_generator(seed: int, *path: int) -> torch.Generator:
@@ -50,14 +57,15 @@ def generate(
     copies: int = 1,
     token_budget: int | None = None,
     generator: torch.Generator | None = None,
+    memory: TeacherMemory | None = None,
 ) -> list[list[int]]:
     """Complete each prompt `copies` times.
 
     Prompts are sorted by length into sub-batches of at most `token_budget` tokens; a prompt's prefill is shared by its
-    copies; rows that have finished leave the batch. Sampling is plain: the softmax of the logits divided by
-    `temperature`, no top-k, no top-p, no penalties, whatever the model's ``generation_config`` says. The uniform
-    number that picks a row's token at position t is drawn before anything runs, so the result does not depend on how
-    rows are batched (up to rounding in the model).
+    copies, and a beginning that prompts have in common is read once; rows that have finished leave the batch.
+    Sampling is plain: the softmax of the logits divided by `temperature`, no top-k, no top-p, no penalties, whatever
+    the model's ``generation_config`` says. The uniform number that picks a row's token at position t is drawn before
+    anything runs, so the result does not depend on how rows are batched (up to rounding in the model).
 
     Args:
         prompts: token ids, unpadded, not empty.
@@ -65,6 +73,7 @@ def generate(
         temperature: 0 is greedy.
         seed: of the random numbers, unless a `generator` is given.
         token_budget: rows times (prompt + new) tokens of a sub-batch; halved and tried again when memory runs out.
+        memory: of a fixed teacher that writes itself, with what it has read before.
 
     Returns:
         Completions without their prompts, prompt by prompt: prompt i's copies are at ``[i*copies : (i+1)*copies]``.
@@ -74,6 +83,7 @@ def generate(
     uniforms = torch.rand(len(prompts) * copies, max_new_tokens, generator=generator, dtype=torch.float64)
     done: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    plan = memory if memory is not None and memory.nodes else Prefixes(prompts)
     start = 0
     with eval_mode(model.modules()):
         while start < len(order):
@@ -97,6 +107,7 @@ def generate(
                     pad_id,
                     temperature,
                     uniforms[rows],
+                    plan,
                 )
             except (RuntimeError, MemoryError) as error:
                 if len(batch) == 1 or not is_out_of_memory(error):
@@ -109,6 +120,7 @@ def generate(
             for row, completion in zip(rows, completions):
                 done[row] = completion
             start = stop
+            plan.forget(needed=[node for i in order[start:] if (node := plan.find(prompts[i]))])
     return done
 
 
@@ -121,30 +133,16 @@ def _decode(
     pad_id: int,
     temperature: float,
     uniforms: torch.Tensor,  # (R, max_new_tokens)
+    plan: Prefixes,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
-    longest = max(len(p) for p in prompts)
-    if device.type == "cpu":
-        longest += 1  # without padding there is no mask, and torch's CPU attention is then four times slower a token
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (R/copies, L)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     stops = torch.tensor(sorted(set(stop_ids)), device=device, dtype=torch.long)
     uniforms = uniforms.to(device)
-
-    cache = DynamicCache(config=base_of(model).config.get_text_config())
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=torch.tensor([longest - 1], device=device),  # an index copies; a slice of all rows is not dense
-    )
-    logits, position, cache = out.logits[:, -1], positions[:, -1:] + 1, out.past_key_values
+    logits, position, mask, cache = prefill(model, prompts, pad_id, plan)
     if copies > 1:
-        cache.batch_repeat_interleave(copies)
-        logits, position, mask = (t.repeat_interleave(copies, 0) for t in (logits, position, mask))
+        every = torch.arange(len(prompts), device=device).repeat_interleave(copies)
+        select_rows(cache, every)
+        logits, position, mask = logits[every], position[every], mask[every]
 
     completions: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
     alive = torch.arange(len(completions), device=device)  # rows still in the batch
@@ -161,19 +159,96 @@ def _decode(
             break
         if left <= 0.75 * len(alive):  # copying the cache pays once a quarter of the rows has finished
             keep = unfinished.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
+            select_rows(cache, keep)
             alive, token, position, mask, unfinished = (x[keep] for x in (alive, token, position, mask, unfinished))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         out = model(
             input_ids=token[:, None],
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): cache},
         )
         logits, position = out.logits[:, -1], position + 1
     return completions
+
+
+Prefilled: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Cache]
+
+
+def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, plan: Prefixes) -> Prefilled:
+    """Read the prompts, those that begin as `plan` knows from there on.
+
+    Returns:
+        Logits (R, V) of each row's first new token, its position (R, 1), the mask of what was read (R, L), padded on
+        the left, and the cache.
+    """
+    device = next(model.parameters()).device
+    groups = _alike(model, prompts, plan)
+    if list(groups) == [(None, 0)]:
+        return _read_together(model, prompts, None, pad_id, plan)
+    order = [i for rows in groups.values() for i in rows]
+    parts = [_read_together(model, [prompts[i] for i in rows], key[0], pad_id, plan) for key, rows in groups.items()]
+    lengths = [mask.shape[1] for *_, mask, _ in parts]
+    length = max(lengths) + (device.type == "cpu")  # see _read_together
+    back = torch.tensor(order, device=device).argsort()
+    masks = [nn.functional.pad(mask, (length - mask.shape[1], 0)) for *_, mask, _ in parts]
+    cache = joined([part[-1].layers for part in parts], length)
+    select_rows(cache, back)
+    logits, position = (torch.cat([part[i] for part in parts])[back] for i in (0, 1))
+    return logits, position, torch.cat(masks)[back], cache
+
+
+def _alike(
+    model: nn.Module, prompts: Sequence[Sequence[int]], plan: Prefixes
+) -> dict[tuple[Prefix | None, int], list[int]]:
+    """Rows that are read in one forward, by the beginning that they go on from (and 0, or how long they are where no
+    padding may stand behind it)."""
+    nodes = [plan.find(prompt) for prompt in prompts]
+    cache = new_cache(model)
+    padded = cache is not None and all(map(is_plain, cache.layers))  # windows and states would count the padding
+    if not padded:
+        nodes = [node if node and node.end >= WORTH_A_FORWARD else None for node in nodes]
+    if not any(nodes) or why_not_shared(model) is not None:
+        return {(None, 0): list(range(len(prompts)))}
+    groups: dict[tuple[Prefix | None, int], list[int]] = {}
+    for i, (node, prompt) in enumerate(zip(nodes, prompts)):
+        groups.setdefault((node, 0 if padded or node is None else len(prompt)), []).append(i)
+    return groups
+
+
+def _read_together(
+    model: nn.Module, prompts: Sequence[Sequence[int]], node: Prefix | None, pad_id: int, plan: Prefixes
+) -> Prefilled:
+    """:func:`prefill` of rows that go on from one beginning, or from none."""
+    device = next(model.parameters()).device
+    start = node.end if node else 0
+    rests = [list(prompt[start:]) for prompt in prompts]
+    longest = max(map(len, rests))
+    if device.type == "cpu" and node is None:
+        longest += 1  # without padding there is no mask, and torch's CPU attention is then four times slower a token
+    ids = torch.tensor([[pad_id] * (longest - len(r)) + r for r in rests], device=device)  # (R, L - start)
+    mask = torch.tensor([[1] * start + [0] * (longest - len(r)) + [1] * len(r) for r in rests], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+    cache = new_cache(model)
+    if cache is None:
+        raise ModelError(
+            f"{base_of(model).config.model_type} keeps what it has read in itself and not in a cache that rows can "
+            "leave, so it cannot write rollouts. Take another model, or answers of the data's own (lmbda=0)."
+        )
+    if node is not None:
+        cache = joined([plan.read(model, node)], start)
+        select_rows(cache, torch.zeros(len(rests), dtype=torch.long, device=device))
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=torch.tensor([longest - 1], device=device),  # an index copies; a slice of all rows is not dense
+        **{cache_argument(model): cache},
+    )
+    return out.logits[:, -1], positions[:, -1:] + 1, mask, cache
 
 
 def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:

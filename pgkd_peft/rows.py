@@ -95,11 +95,13 @@ def hand_out(rows: Sequence[Row], hidden: torch.Tensor) -> None:
         row.teacher_hidden = part
 
 
-def by_length(rows: Sequence[Row], length: Any, token_budget: int) -> list[list[Row]]:
-    """Sort by length and cut into batches of at most `token_budget` padded tokens (one row at least)."""
+def by_length(rows: Sequence[Row], length: Any, token_budget: int, most: int | None = None) -> list[list[Row]]:
+    """Sort by length and cut into batches of at most `token_budget` padded tokens (one row at least), and of at most
+    `most` rows."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=length):
-        if batches and (len(batches[-1]) + 1) * length(row) <= token_budget:
+        count = len(batches[-1]) + 1 if batches else 0
+        if batches and count * length(row) <= token_budget and (most is None or count <= most):
             batches[-1].append(row)
         else:
             batches.append([row])

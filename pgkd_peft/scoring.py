@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .model.caches import for_rows, has_states, why_not_shared
 from .model.load import base_of
+from .prefix import Prefix, Prefixes, TeacherMemory
 from .rows import TOKEN_BUDGET, Row, by_length, hand_out, pack
 
 
-def without_padding(model: nn.Module) -> bool:
-    """Whether the model's attention reads several rows in one line, telling them apart by their positions, at no cost:
-    FlashAttention's variable-length kernels. Others would make a mask of the line's length squared."""
-    return "flash" in str(base_of(model).config._attn_implementation)
+def reads_packed_rows(model: nn.Module) -> bool:
+    """Whether the model reads several rows in one line, telling them apart by their positions, at no cost:
+    FlashAttention's variable-length kernels do. Others would make a mask of the line's length squared, and recurrent
+    and convolution states would go on from one row into the next."""
+    return "flash" in str(base_of(model).config._attn_implementation) and not has_states(model)
 
 
 def add_hidden_states_forward(base: PreTrainedModel) -> None:
@@ -46,41 +50,106 @@ def add_hidden_states_forward(base: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def score_teacher(model: nn.Module, rows: Sequence[Row], pad_id: int, token_budget: int = TOKEN_BUDGET) -> None:
+def score_teacher(
+    model: nn.Module,
+    rows: Sequence[Row],
+    pad_id: int,
+    token_budget: int = TOKEN_BUDGET,
+    *,
+    memory: TeacherMemory | None = None,
+    rows_at_once: int | None = None,
+) -> None:
     """Store in every row the hidden states with which `model` predicts its kept tokens after the teacher's prompt.
 
-    Rows are sorted by length into sub-batches of at most `token_budget` padded tokens. Rows that share one prompt
-    (``num_generations`` > 1) read it once: its cache is computed for one row and copied.
+    Rows are sorted by length into sub-batches of at most `token_budget` padded tokens. Beginnings that rows have in
+    common are read once; a fixed teacher's `memory` holds what earlier steps read. Rows whose teacher's prompt is the
+    student's (no PI) are read in every step, whole and `rows_at_once`, as the student reads them: both must round
+    alike, for AdamW makes full steps of a gradient that is nothing but rounding.
+
+    Args:
+        rows_at_once: rows of the student's batches (``per_device_train_batch_size``); None: as many as fit.
     """
     device = next(model.parameters()).device
-    groups: dict[tuple[int, ...], list[Row]] = {}
+    anchors: list[Row] = []
+    shared: list[Row] = []
     for row in rows:
-        if row.kept:
-            groups.setdefault(tuple(row.teacher_prompt), []).append(row)
-        else:
+        if not row.kept:
             row.teacher_hidden = torch.empty(0, 0, device=device)
-    single = [group[0] for group in groups.values() if len(group) == 1]
-    for batch in by_length(single, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget):
-        packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device, flat=without_padding(model))
-        hand_out(batch, model(**packed))
-    for prompt, group in groups.items():
-        if len(group) > 1:
-            _score_shared_prompt(model, list(prompt), group, pad_id, token_budget, device)
+        elif row.teacher_prompt == row.prompt:
+            anchors.append(row)
+        elif memory is not None and memory.recall(row, device):
+            pass
+        elif memory is not None and memory.stays(row):
+            _score_alone(model, row, memory, pad_id, device)
+        else:
+            shared.append(row)
+    whole: list[Row] = []
+    if shared and why_not_shared(model) is not None:
+        whole, shared = shared, []
+    if memory is not None:
+        shared = _score_planned(model, shared, memory, pad_id, token_budget, device)
+    whole += _score_planned(
+        model, shared, Prefixes([row.teacher_prompt for row in shared]), pad_id, token_budget, device
+    )
+    for some, most in ((anchors, rows_at_once), (whole, None)):
+        for batch in by_length(some, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget, most):
+            packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device, flat=reads_packed_rows(model))
+            hand_out(batch, model(**packed))
 
 
-def _score_shared_prompt(
-    model: nn.Module, prompt: list[int], group: list[Row], pad_id: int, token_budget: int, device: torch.device
+def _score_alone(model: nn.Module, row: Row, memory: TeacherMemory, pad_id: int, device: torch.device) -> None:
+    """A row whose answer comes again: by itself, so that it has the same bits in every step."""
+    node = memory.find(row.teacher_prompt)
+    if node is None:
+        hand_out([row], model(**pack([row.teacher_prompt], [row], pad_id, device)))
+    else:
+        _score_after(model, [(node, row)], memory, pad_id, device)
+        memory.forget(needed=[node.parent] if node.parent else [])
+    memory.remember(row)
+
+
+def _score_planned(
+    model: nn.Module, rows: list[Row], plan: Prefixes, pad_id: int, token_budget: int, device: torch.device
+) -> list[Row]:
+    """Score the rows that begin as `plan` knows; returns the others."""
+    nodes = [plan.find(row.teacher_prompt) for row in rows]
+    if device.type != "cpu":  # a GPU rounds by the batch anyway, and reads one long batch faster than single rows
+        users = Counter(nodes)
+        nodes = [node if node is None or users[node] > 1 or plan.keeps(node) else node.parent for node in nodes]
+    planned = [(node, row) for node, row in zip(nodes, rows) if node is not None]
+    planned.sort(key=lambda pair: (pair[0].end, pair[0].order, len(pair[1].teacher_prompt) + len(pair[1].completion)))
+    batches: list[list[tuple[Prefix, Row]]] = []
+    longest = 0  # new tokens of a row in the last batch
+    for node, row in planned:
+        new = len(row.teacher_prompt) + len(row.completion) - node.end
+        count, most = len(batches[-1]) + 1 if batches else 0, max(longest, new)
+        # the prefixes are held once, and a layer at a time as often as there are rows
+        if batches and count * most <= token_budget and count * (node.end + most) <= 4 * token_budget:
+            batches[-1].append((node, row))
+            longest = most
+        else:
+            batches.append([(node, row)])
+            longest = new
+    for i, batch in enumerate(batches):
+        _score_after(model, batch, plan, pad_id, device)
+        plan.forget(needed={node for later in batches[i + 1 :] for node, _ in later})
+    return [row for node, row in zip(nodes, rows) if node is None]
+
+
+def _score_after(
+    model: nn.Module, batch: list[tuple[Prefix, Row]], plan: Prefixes, pad_id: int, device: torch.device
 ) -> None:
-    """One prefill of `prompt` but for its last token, then all its completions on copies of the cache."""
-    prefix = torch.tensor([prompt[:-1]], device=device)
-    for batch in by_length(group, lambda r: len(prompt) + len(r.completion), token_budget):
-        cache = DynamicCache(config=base_of(model).config.get_text_config())
-        if prefix.shape[1]:
-            nothing = torch.zeros_like(prefix, dtype=torch.bool)
-            model(input_ids=prefix, past_key_values=cache, use_cache=True, hidden_mask=nothing)
-            cache.batch_repeat_interleave(len(batch))
-        packed = pack([prompt[-1:]] * len(batch), batch, pad_id, device)
-        packed["position_ids"] = packed["position_ids"] + prefix.shape[1]
-        seen = packed["attention_mask"].new_ones(len(batch), prefix.shape[1])
-        packed["attention_mask"] = torch.cat([seen, packed["attention_mask"]], dim=1)
-        hand_out(batch, model(**packed, past_key_values=cache, use_cache=True))
+    """What follows the beginnings that have been read, in one forward."""
+    rows, order = [row for _, row in batch], list(dict.fromkeys(node for node, _ in batch))
+    ends = [node.end for node, _ in batch]
+    cache = for_rows(
+        [plan.read(model, node) for node in order],
+        [node.end for node in order],
+        [order.index(node) for node, _ in batch],
+        device,
+    )
+    packed = pack([row.teacher_prompt[end:] for row, end in zip(rows, ends)], rows, pad_id, device)
+    packed["position_ids"] = packed["position_ids"] + torch.tensor(ends, device=device)[:, None]
+    before = torch.arange(max(ends), device=device) >= max(ends) - torch.tensor(ends, device=device)[:, None]
+    packed["attention_mask"] = torch.cat([before.to(packed["attention_mask"]), packed["attention_mask"]], dim=1)
+    hand_out(rows, model(**packed, past_key_values=cache, use_cache=True))

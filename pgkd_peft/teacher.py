@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from .config import PrivilegedGKDConfig
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, explained
 from .model.adapters import (
     INITIAL,
     STUDENT,
@@ -31,7 +32,7 @@ from .model.adapters import (
 )
 from .model.cpu import guard_cpu_linear4bit
 from .model.ema import EMA, ProductAverage
-from .model.load import base_of
+from .model.load import base_of, check_source
 from .model.student import load_quantized, name_of
 
 
@@ -180,7 +181,7 @@ def starting_adapter_warning(model: PeftModel) -> str | None:
     moved = [
         name
         for name, param in model.named_parameters()
-        if (".lora_B." in name or ".lora_embedding_B." in name) and bool(param.detach().any())
+        if (".lora_B." in name or ".lora_embedding_A." in name) and bool(param.detach().any())  # both start at zero
     ]
     if moved:
         reason = "the adapter that training starts from is not zero"
@@ -215,6 +216,8 @@ def check_teacher(model: Any, teacher_model: Any, args: PrivilegedGKDConfig) -> 
             raise ConfigError(
                 "share_student_as_teacher=False needs a teacher: pass teacher_model (or --teacher_model_name_or_path)."
             )
+        if isinstance(teacher, str):
+            check_source(teacher, "teacher model")
         if args.teacher_adapter != "disabled":
             raise ConfigError(
                 f"teacher_adapter={args.teacher_adapter!r} chooses among the student's own weights, but "
@@ -238,7 +241,11 @@ def teacher_tokenizer(teacher_model: Any, args: PrivilegedGKDConfig) -> PreTrain
     teacher = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
     if not isinstance(teacher, str):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):  # weights without a tokenizer
-        return None
+    local = (Path(teacher) / "tokenizer_config.json").is_file()
+    with explained(f"the tokenizer of teacher {teacher!r} cannot be loaded"):
+        try:
+            return AutoTokenizer.from_pretrained(teacher, trust_remote_code=args.trust_remote_code)
+        except (OSError, ValueError):  # weights without a tokenizer, unless there is one that is broken
+            if local:
+                raise
+            return None

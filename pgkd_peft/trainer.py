@@ -34,17 +34,18 @@ from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
 from .engines.merged import RolloutEngine
-from .errors import ConfigError, PGKDError
+from .errors import ConfigError, PGKDError, explained
 from .model.head import Head
 from .model.load import base_of
 from .model.student import build_student, context_length, find_tokenizer, hidden_size
+from .prefix import plan_teacher
 from .rollout import generate, window_generator
 from .rollout_log import RolloutLogCallback
 from .rows import Row, pack, rows_of
 from .run.console import logger, show_log_lines
 from .run.health import HealthCallback
 from .run.memory import memory_for
-from .scoring import add_hidden_states_forward, score_teacher, without_padding
+from .scoring import add_hidden_states_forward, reads_packed_rows, score_teacher
 from .teacher import (
     AverageCallback,
     Teacher,
@@ -140,7 +141,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             skip_all = args.mask_truncated_completions and row.truncated
             row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
         with memory_for("teacher"), self.meters.timed(mode, "teacher"), self.teacher.weights() as teacher:
-            score_teacher(teacher, rows, self.pad_id)
+            at_once = args.per_device_train_batch_size
+            score_teacher(teacher, rows, self.pad_id, memory=self.memory, rows_at_once=at_once)
         self.last_rows = rows
         self.meters.add(
             mode,
@@ -169,21 +171,28 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
                 pad_id=self.pad_id,
                 temperature=args.temperature,
                 generator=window_generator(*seeds),
+                memory=self.memory if teacher_writes else None,
             )
         sources = [row for row in rows for _ in range(copies)]
         return [row.answered(ids, self.stop_ids) for row, ids in zip(sources, completions)]
 
     def micro_batches(self, rows: list[Row], count: int) -> list[dict[str, Any]]:
-        """Deal the rows out over the micro-batches, rows of like length together. The sum over the step stays."""
+        """Deal the rows out over the micro-batches, rows of like length together. The sum over the step stays.
+
+        Each is as large as the teacher's batches, so that a row without PI is read alike by both, to the last bit.
+        """
         rows = sorted(rows, key=lambda row: row.length)
-        bounds = [i * len(rows) // count for i in range(count + 1)]
+        size = self.args.per_device_train_batch_size * self.args.num_generations
+        bounds = [*range(0, len(rows), size), len(rows)]
+        if len(bounds) != count + 1:  # a loader of its own kind: as even as can be
+            bounds = [i * len(rows) // count for i in range(count + 1)]
         return [self.batch_of(rows[first:last]) for first, last in itertools.pairwise(bounds)]
 
     def batch_of(self, rows: list[Row]) -> dict[str, Any]:
         """What the student reads (:func:`pgkd_peft.rows.pack`), with the rows themselves."""
         prompts, device = [row.prompt for row in rows], self.args.device
         kept_ids_N = torch.tensor([token for row in rows for token in row.kept], dtype=torch.long, device=device)
-        batch = pack(prompts, rows, self.pad_id, device, flat=without_padding(self.model))
+        batch = pack(prompts, rows, self.pad_id, device, flat=reads_packed_rows(self.model))
         return {**batch, "kept_ids": kept_ids_N, "rows": rows}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -300,6 +309,11 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         for name, value in (("formatting_func", formatting_func), ("compute_metrics", compute_metrics)):
             if value is not None:
                 raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(
+                "eval_strategy is set, but there are no rows to evaluate on. Pass eval_dataset (as a flag, "
+                "--eval_dataset_name), or set eval_strategy to no."
+            )
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
         tokenizer = find_tokenizer(model, processing_class, args)
@@ -335,7 +349,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         settle_training(args, hidden_size(student), report.rows if report else None)
 
         # TRL's trainers around them, without what they would change.
-        with keep_adapter(student, args), without_migration_advice("trl.experimental.gkd.gkd_trainer"):
+        advice = without_migration_advice("trl.experimental.gkd.gkd_trainer")
+        with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args), advice:
             super().__init__(
                 student,
                 teacher_model=separate if separate is not None else student,
@@ -356,14 +371,15 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         self.teacher = teacher
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
         self.pad_id = tokenizer.pad_token_id
+        self.memory, remembered = plan_teacher(teacher, report, args, self.accelerator.num_processes)
         self.last_rows = []
         self.finite = torch.ones((), dtype=torch.bool, device=args.device)  # no loss of the step is NaN or infinite
         self._evaluated = 0  # batches of this evaluation
         self._engine: RolloutEngine | None = None
         self.start_run(collator, loaded, report)
-        self._watch(loaded, report)
+        self._watch(loaded, report, remembered)
 
-    def _watch(self, loaded: str, report: DataReport | None) -> None:
+    def _watch(self, loaded: str, report: DataReport | None, remembered: str | None) -> None:
         """The callbacks of a step, and what is said before the first one."""
         args, collator = self.args, self.contexts
         self.add_callback(StepEnd(self))
@@ -375,7 +391,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             self.add_callback(RolloutLogCallback(self))
         note = collator.builder.placement_note if isinstance(collator, DataCollatorForPrivilegedGKD) else None
         summary = report.summary() if report else "the rows are checked one by one when their turn comes"
-        for line in (loaded, summary, note, start_block(args.automatic), args.divergence_in_words()):
+        block = start_block(args.automatic)
+        for line in (loaded, summary, note, block, args.divergence_in_words(), remembered):
             if line:
                 self.say(line)
         if self.teacher.separate is None and args.teacher_adapter == "disabled":

@@ -98,13 +98,16 @@ def arm(trainer: Any, phase: str, step: int) -> None:
         hook(base_trainer, "publish")
     elif phase == "renamed":
         hook(base_trainer, "publish", after=True)
-    elif phase in ("sigterm", "sigint"):
+    elif phase in ("sigterm", "sigint", "sighup", "nohup"):
+        if phase == "nohup":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signum = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}.get(phase, signal.SIGHUP)
         original = trainer.training_step
 
         def signalled(*args: Any, **kwargs: Any) -> Any:
             if trainer.state.global_step == step:
                 trainer.state.signalled = True
-                os.kill(os.getpid(), signal.SIGTERM if phase == "sigterm" else signal.SIGINT)
+                os.kill(os.getpid(), signum)
                 trainer.training_step = original
             return original(*args, **kwargs)
 

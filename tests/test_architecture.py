@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # Lowest first: a module imports from its own layer and from those before it. Files of the root that every layer may
 # use stand before the folders; all others of the root are the method.
 LAYERS = (
-    *("errors", "config", "trl_compat", "rows"),
+    *("errors", "inherited", "config", "trl_compat", "rows"),
     *("model", "data", "run", "engines", "the method", "evaluation", "view", "export", "bake", "cli"),
 )
 MOST_FILES_AT_THE_ROOT = 18

@@ -155,6 +155,30 @@ def test_fits_the_terminal(collator, tmp_path, width):
     assert max(Text.from_ansi(line).cell_len for line in text.splitlines()) <= width
 
 
+def test_says_which_placement_would_be_read_once(tmp_path):
+    pi = "The office opens at nine and closes at five, and nobody answers on Fridays."
+    rows = [
+        {"messages": [{"role": "user", "content": q * 9}], "privileged_messages": pi} for q in ("who", "why", "how")
+    ]
+
+    def told(**settings):
+        collator = DataCollatorForPrivilegedGKD(settings.pop("tokenizer", byte_tokenizer()), **settings)
+        return shown(rows, collator, config(tmp_path, lmbda=1.0), count=0, width=400)[0]
+
+    text = told()
+    assert "the PI stands behind the question, so nothing is shared; with placement system " in text
+    share = int(text.split("with placement system ")[1].split("%")[0])
+    prompts = [
+        row["teacher_ids"]
+        for row in map(DataCollatorForPrivilegedGKD(byte_tokenizer(), privileged_placement="system").encode, rows)
+    ]
+    common = next(i for i, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1)
+    assert share == round(100 * 2 * common / sum(map(len, prompts)))
+    assert "need not be read again" in told(privileged_placement="system")
+    assert "behind the question" not in told(privileged_placement="system")
+    assert "behind the question" not in told(tokenizer=byte_tokenizer(STRICT))  # it has no system turn
+
+
 def test_rarest_kinds_are_shown_first(collator):
     rows = [ROWS[0]] * 6 + [ROWS[2]] + [ROWS[0]] * 2
     report = validate_rows(rows, collator)

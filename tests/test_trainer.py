@@ -75,7 +75,7 @@ def test_rows_in_one_line_are_scored_as_rows_under_each_other(make_trainer, monk
     results = []
     for flat in (False, True):
         for module in ("scoring", "trainer"):
-            monkeypatch.setattr(f"pgkd_peft.{module}.without_padding", lambda model, flat=flat: flat)
+            monkeypatch.setattr(f"pgkd_peft.{module}.reads_packed_rows", lambda model, flat=flat: flat)
         trainer = make_trainer(kind=kind, config={"lmbda": 0.0, "per_device_train_batch_size": 4})
         perturb(trainer.model)
         rows = rows_of(trainer.data_collator(ROWS))

@@ -21,9 +21,9 @@ from trl import ModelConfig, TrlParser
 
 from ..config import PrivilegedGKDConfig
 from ..data.named import model_path
-from ..errors import ConfigError
+from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
-from ..run.folder import ADAPTER_CONFIG
+from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
 
 
 @dataclass
@@ -214,10 +214,11 @@ class Parser(TrlParser):
         """
         argv = list(argv)
         path, rest = _take_config(argv)
-        if path is not None:
-            self._use_recipe(path, read_recipe(path))
         silent = {action.dest: argparse.SUPPRESS for action in self._actions}
         flags, _ = self.parse_known_args(rest, argparse.Namespace(**silent))
+        path = path or _own_recipe(flags)
+        if path is not None:
+            self._use_recipe(path, read_recipe(path))
         self.told |= {key: value for key, value in vars(flags).items() if value != argparse.SUPPRESS}
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(
@@ -225,8 +226,8 @@ class Parser(TrlParser):
             )
         except ConfigError:
             raise
-        except ValueError as error:  # of the __post_init__ of Transformers and TRL
-            raise ConfigError(str(error)) from error
+        except Exception as error:  # of the __post_init__ of Transformers and TRL
+            raise ConfigError(reason(error)) from error
         if unknown:
             raise ConfigError(self._about_unknown(unknown))
         return tuple(part for part in parsed if not isinstance(part, argparse.Namespace))
@@ -259,6 +260,14 @@ class Parser(TrlParser):
         )
 
 
+def _own_recipe(flags: argparse.Namespace) -> str | None:
+    """What a run was told, as the recipe of its --resume, where no other is named; None without such a file."""
+    if getattr(flags, "resume", None) is not True or not isinstance(getattr(flags, "output_dir", None), str):
+        return None
+    recipe = Path(flags.output_dir) / RECIPE_FILE
+    return str(recipe) if recipe.is_file() else None
+
+
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     """The value of --config, and the other arguments."""
     path, rest = None, []
@@ -275,16 +284,15 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file; its ``env:`` is put into the environment.
+def read_recipe(path: str, *, use_env: bool = True) -> dict[str, Any]:
+    """The mapping in a YAML file; its ``env:`` is put into the environment, or left out.
 
     Raises:
         ConfigError: no file, no YAML, no mapping, or a key given twice.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: {error}; `pgkd recipes` lists those that come with the package") from error
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path} is no file; `pgkd recipes` lists those that come with the package")
+    text = read_text(path, "--config")
     try:
         recipe = yaml.load(text, Loader=_OnceLoader)
     except yaml.YAMLError as error:
@@ -294,7 +302,8 @@ def read_recipe(path: str) -> dict[str, Any]:
     env = recipe.pop("env", None) or {}
     if not isinstance(env, dict):
         raise ConfigError(f"{path}: env is {env!r}; it must map names of environment variables to values")
-    os.environ.update({str(name): str(value) for name, value in env.items()})
+    if use_env:
+        os.environ.update({str(name): str(value) for name, value in env.items()})
     return recipe
 
 
@@ -357,6 +366,10 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {plain[found[0]]}?" if found else ""
 
 
+# What an evaluation of `pgkd train` logs, and a best model can be chosen by; some only with a scorer.
+MEASURED = {"loss", "divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob"}
+MEASURED |= {"completion_length", "truncated_completions", "recovered", "student", "base", "teacher", "drift"}
+
 TRAIN_ARGUMENTS: tuple[type, ...] = (DataArguments, ModelArguments, PrivilegedGKDConfig)
 
 
@@ -390,8 +403,17 @@ def parse_train(
             **{key: value for key, value in given.items() if value},
             **(config.model_init_kwargs or {}),
         }
+    _check_flags_of_quantization(model, data.told)
     settle_evaluation(data, config)
     return data, model, config
+
+
+def _check_flags_of_quantization(model: ModelArguments, told: Mapping[str, Any]) -> None:
+    """Raises ConfigError when TRL's flags and base_quantization ask for two things."""
+    flag, name = ("load_in_8bit", "int8") if model.load_in_8bit else ("load_in_4bit", model.bnb_4bit_quant_type)
+    asked = told.get("base_quantization")
+    if (model.load_in_4bit or model.load_in_8bit) and asked not in (None, name):
+        raise ConfigError(f"{flag} asks for {name}, base_quantization for {asked!r}; keep one of them.")
 
 
 def settle_evaluation(data: DataArguments, config: PrivilegedGKDConfig) -> None:
@@ -407,6 +429,9 @@ def settle_evaluation(data: DataArguments, config: PrivilegedGKDConfig) -> None:
                 "--eval_strategy steps --eval_steps 20"
             )
         return
+    metric = config.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in MEASURED:
+        raise ConfigError(f"metric_for_best_model is {metric!r}; measured are {', '.join(sorted(MEASURED))}.")
     if data.neutral_dataset_name is not None and data.scorer is None:
         raise ConfigError("neutral_dataset_name is set, but drift is measured beside a scorer; add --scorer contains")
     chooses = config.load_best_model_at_end or data.early_stopping_patience is not None
@@ -442,17 +467,18 @@ def lora_config(model: ModelArguments) -> Any:
             f"{model.model_name_or_path} is an adapter, which brings its own LoRA settings; remove {', '.join(changed)}"
         )
     targets: Any = model.lora_target_modules
-    return LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        target_parameters=model.lora_target_parameters,
-        modules_to_save=model.lora_modules_to_save,
-        task_type=model.lora_task_type,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
-    )
+    with explained("these lora_ settings cannot be used", ConfigError):
+        return LoraConfig(
+            r=model.lora_r,
+            lora_alpha=model.lora_alpha,
+            lora_dropout=model.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            target_parameters=model.lora_target_parameters,
+            modules_to_save=model.lora_modules_to_save,
+            task_type=model.lora_task_type,
+            use_rslora=model.use_rslora,
+            use_dora=model.use_dora,
+        )
 
 
 def quantization_config(model: ModelArguments, config: PrivilegedGKDConfig) -> Any:
@@ -463,12 +489,13 @@ def quantization_config(model: ModelArguments, config: PrivilegedGKDConfig) -> A
 
     from ..model.student import training_dtype
 
-    if model.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=training_dtype(config),
-        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
-        bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
-    )
+    with explained("the bitsandbytes settings (bnb_4bit_ ...) cannot be used", ConfigError):
+        if model.load_in_8bit:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=training_dtype(config),
+            bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
+        )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 
 from ..config import PrivilegedGKDConfig
@@ -21,7 +20,7 @@ from ..export.adapter import AdapterRun
 from ..run.checkpoint import last_complete_checkpoint
 from ..run.folder import ADAPTER_FILE, RECIPE_FILE, RUN_FILE
 from ..run.jsonl import read_json
-from .arguments import parse_train
+from .arguments import parse_train, read_recipe
 from .train import NOT_IN_RECIPE, load_datasets, recipe_folder, train
 
 
@@ -91,7 +90,7 @@ def _find(
     here = control_folder(folder, name)
     finished = is_finished(here)
     if finished:
-        said = yaml.safe_load((here / RECIPE_FILE).read_text(encoding="utf-8"))
+        said = read_recipe(str(here / RECIPE_FILE), use_env=False)
         ours = {k: v for k, v in told.items() if k not in NOT_IN_RECIPE}
         differ = [k for k in {**ours, **said} if k not in ("output_dir", "control") and said.get(k) != ours.get(k)]
         if read_json(here / RUN_FILE).get("dataset_fingerprint") != fingerprint(rows, config.privileged_key):

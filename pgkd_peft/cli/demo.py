@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ def run(
     console.print(f"these numbers           {folder / SUMMARY_FILE}")
     console.print(f"all of it on a page     {write_report(output_dir)}")
     console.print(
-        f"was it the PI?          pgkd eval {folder} --controls shuffled,no_pi,sft --group_key fact_id "
-        f"--max_new_tokens {config.max_new_tokens}"
+        f"was it the PI?          pgkd eval {shlex.quote(output_dir)} --controls shuffled,no_pi,sft --group_key "
+        f"fact_id --max_new_tokens {config.max_new_tokens}"
     )
     return summary

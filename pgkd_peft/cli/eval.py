@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.files import NoSplitError
 from ..data.holdout import trained_on
 from ..data.named import load_named, split_of
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, read_text
 from ..evaluation.controls import CONTROLS, check_controls
 from ..evaluation.scorers import make_scorer
 from ..run.folder import (
@@ -22,7 +22,8 @@ from ..run.folder import (
     TOKENIZER_CONFIG,
     TRAINED_FILE,
 )
-from .arguments import Parser, column_templates
+from ..run.place import check_writable
+from .arguments import Parser, column_templates, read_recipe
 from .judge import add_nats, choose_scorer
 from .results import (
     add_drift,
@@ -154,6 +155,8 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
 
     console = Console()
     run = read_run(adapter, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
+    out = Path(args.out or run.folder / RESULTS_FILE)
+    check_writable(out, "--out", file=True)
     collator = collator_of(run)
     asked_for_groups = args.group_key is not None
     take_from_run(args, run)
@@ -171,7 +174,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         split = split_of(args.neutral_dataset_name, args.neutral_dataset_split or "train")
         neutral = list(load_named(args.neutral_dataset_name, split=split))
         validate_rows(neutral, collator)
-    text = Path(args.text_file).read_text(encoding="utf-8") if args.text_file else None
+    text = text_ids(args.text_file, collator) if args.text_file else None
     controls = find_controls(run, args.controls) if args.controls else []
     for control in controls:
         if control.finished:
@@ -193,10 +196,9 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     if neutral is not None:
         add_drift(result, measure_drift(model, collator, neutral))
     if text is not None:
-        ids = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for name, which in (("base", "disabled"), ("student", "shared")):
             with adapter_state(model, which) as weights:
-                result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
+                result.extra[f"perplexity_{name}"] = perplexity(weights, text)
 
     compared: dict[str, Evaluation] = {}
     for control in controls:
@@ -209,7 +211,6 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         result.extra["controls"] = {name: control_summary(other) for name, other in compared.items()}
 
     show(result, console, args.show)
-    out = Path(args.out or run.folder / RESULTS_FILE)
     if run.info.get("control"):
         result.extra["control"] = run.info["control"]
         console.print(f"[bold]This is the control {run.info['control']} of a run, not the run itself.[/]")
@@ -224,6 +225,19 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     out = written
     console.print(f"Results: {out}; every answer: {answers_file(out)}")
     return 0
+
+
+def text_ids(path: str, collator: DataCollatorForPrivilegedGKD) -> list[int]:
+    """The tokens of a text whose perplexity is to be measured.
+
+    Raises:
+        PGKDError: it cannot be read, or is too short.
+    """
+    text = read_text(path, "text_file")
+    ids: list[int] = collator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError(f"text_file {path!r} has {len(ids)} tokens; a perplexity needs two at least.")
+    return ids
 
 
 def held_out_rows(run: AdapterRun, args: EvalArguments) -> tuple[list[Mapping[str, Any]], int]:
@@ -280,10 +294,8 @@ def run_folder(run: AdapterRun) -> Path:
 
 def run_recipe(run: AdapterRun) -> dict[str, Any]:
     """What the run was told, from its folder; {} when it was not trained by `pgkd train`."""
-    import yaml
-
     folder = recipe_folder(run.folder)
-    return (yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}) if folder is not None else {}
+    return read_recipe(str(folder / RECIPE_FILE), use_env=False) if folder is not None else {}
 
 
 def privileged_key(run: AdapterRun) -> str:
@@ -296,28 +308,23 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
     from ..model.load import load_tokenizer
 
     source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
-    names = ("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template")
-    names += ("allow_privileged_cut",)
+    names = (
+        *("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template"),
+        "allow_privileged_cut",
+    )
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
     settings["max_length"] = None  # of an answer only the prompt is read here
     return DataCollatorForPrivilegedGKD(load_tokenizer(str(source)), **settings)
 
 
 def load_student(run: AdapterRun) -> PeftModel:
-    """The adapter on its base, as training held it."""
-    import torch
-    from peft import PeftModel
+    """The adapter on its base, as training held it.
 
-    from ..model.cpu import guard_cpu_linear4bit
-    from ..model.load import load_base
+    Raises:
+        ModelError: it cannot be loaded, or the base is another one than in training.
+    """
+    from ..export.adapter import check_base, load_trained
 
-    base = load_base(
-        str(run.base),
-        quantization=run.quantization,
-        quantization_config=run.quantization_config,
-        dtype=run.dtype,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    model = PeftModel.from_pretrained(base, str(run.folder))
-    guard_cpu_linear4bit(model)
-    return model.eval()
+    model = load_trained(run)
+    check_base(model, run)
+    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
-from ..evaluation.preflight import Cost, Effect, ProbeTrainer, probe_args, scorer_for, measure_cost, measure_effect
+from ..evaluation.preflight import Cost, Effect, ProbeTrainer, measure_cost, measure_effect, probe_args, scorer_for
 from ..view.inspect import inspect_rows, make_console
 from ..view.preflight import show_cost, show_effect
 
@@ -69,6 +70,18 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
+class PreflightStopped(KeyboardInterrupt):
+    """A signal ended the preflight.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int):
+        self.signum = signum
+        super().__init__(f"{signal.Signals(signum).name}: the preflight was stopped; nothing was trained or saved.")
+
+
 def run_preflight(data: Any, model: Any, config: Any, rows: Any, console: Console) -> tuple[Effect | None, Cost]:
     """Load the recipe's model, measure, print. `data`, `model`, `config` are those of ``parse_train``."""
     from ..cli.arguments import lora_config, quantization_config
@@ -85,7 +98,10 @@ def run_preflight(data: Any, model: Any, config: Any, rows: Any, console: Consol
                 quantization_config=quantization_config(model, args),
             )
 
-        return preflight(build, config, rows, console, folder)
+        try:
+            return preflight(build, config, rows, console, folder)
+        except KeyboardInterrupt as stopped:  # RunInterrupted would name a checkpoint in the scratch folder
+            raise PreflightStopped(getattr(stopped, "signum", signal.SIGINT)) from stopped
 
 
 def preflight(

@@ -6,12 +6,17 @@ asked for, told without a traceback; 128 + n stopped by signal n after saving.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Command:
 
 # The function gets the arguments after the command's name, and returns an exit code (None is 0).
 COMMANDS = {
+    "bake": Command("pgkd_peft.cli.bake:main", "teach a document or a system prompt, from its text alone"),
     "train": Command("pgkd_peft.cli.train:main", "train an adapter: pgkd train --config recipe.yaml"),
     "inspect": Command("pgkd_peft.cli.inspect:main", "see the rows as student and teacher will; no training"),
     "eval": Command("pgkd_peft.cli.eval:main", "base, teacher and student on held-out rows; recovered gap, drift"),
@@ -57,20 +63,62 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # What these libraries will rename one day is nothing that a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
+    _print_anything()
     try:
         module, _, name = command.where.partition(":")
-        return getattr(importlib.import_module(module), name)(args[1:]) or 0
+        code = getattr(importlib.import_module(module), name)(args[1:]) or 0
+        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python ends
+        return code
     except PGKDError as error:
         return _complain(str(error))
-    except SystemExit as done:  # argparse, after --help or with its own complaint
+    except SystemExit as done:  # argparse, after --help or with its own complaint; rich, when the reader has gone
+        if isinstance(done.__context__, BrokenPipeError):
+            return _reader_gone()
         return done.code if isinstance(done.code, int) else 2
     except KeyboardInterrupt as error:
         if str(error):
-            print(error, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may have been closed
+                print(error, file=sys.stderr, flush=True)
         return 128 + getattr(error, "signum", 2)
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
-        return 141
+    except BrokenPipeError:
+        return _reader_gone()
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _print_anything() -> None:
+    """Where the console's encoding lacks a character (ASCII, cp1252), print its escape instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _reader_gone() -> int:
+    """Of our output: `pgkd inspect ... | head`. What is still to be written goes nowhere, at Python's end as well."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+    return 141
+
+
+def _unexpected(error: Exception) -> int:
+    """What no command foresaw: of the system or of a library (a file, a setting) a line, of our own code a traceback.
+
+    ``PGKD_TRACEBACK=1`` shows the traceback of the former as well.
+    """
+    from ..errors import reason
+
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).is_relative_to(Path(__file__).parent.parent)
+    if os.environ.get("PGKD_TRACEBACK") or (ours and not isinstance(error, OSError)):
+        traceback.print_exception(error)
+        return 1 if ours else 2
+    if isinstance(error, OSError):
+        return _complain(reason(error))
+    where = "/".join(Path(last.filename).parts[-3:])
+    return _complain(
+        f"{type(error).__name__} in {where}, line {last.lineno}: {reason(error)} (PGKD_TRACEBACK=1 shows the traceback)"
+    )
 
 
 def usage() -> str:
@@ -90,5 +138,6 @@ def usage() -> str:
 
 
 def _complain(message: str) -> int:
-    print(f"pgkd: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"pgkd: {message}", file=sys.stderr, flush=True)
     return 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ..config import PrivilegedGKDConfig
 from ..data.holdout import hold_out, write_rows, write_trained
 from ..data.named import load_named, own_held_out, split_of
-from ..errors import DataError
-from ..run.checkpoint import check_run_folder
-from ..run.folder import CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
+from ..errors import ConfigError, DataError, RunFinished, explained
+from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at
+from ..run.folder import ADAPTER_FILE, CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
 from ..run.jsonl import read_json
+from ..run.place import locked
 from .arguments import (
     DataArguments,
     ModelArguments,
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from ..evaluation.sft_control import SFTControlTrainer
     from ..trainer import PrivilegedSelfDistillTrainer
 
+logger = logging.getLogger(__name__)
+
 HOLDOUT_ROWS = 64
 ROLLOUT_LOG_STEPS = 25
 NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
@@ -40,7 +45,11 @@ base answers with it. Any option can stand in a YAML recipe (--config), and over
 def main(argv: Sequence[str]) -> int:
     """Train, and judge on the held-out rows; adapter, model card, results and logs are in `output_dir` afterwards."""
     data, model, config = parse_train(argv, description=DESCRIPTION)
-    trainer, held_out = run_training(data, model, config)
+    try:
+        trainer, held_out = run_training(data, model, config)
+    except RunFinished as finished:
+        print(finished)
+        return 0
     if not trainer.is_world_process_zero():
         return 0
     folder = str(config.output_dir)
@@ -71,8 +80,11 @@ def run_training(
 ) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
     """Load the data, train, save: the run itself, or the control of it that `data` names; and its held-out rows.
 
+    Nothing in the run folder changes before data, model and the checkpoint to go on from are accepted.
+
     Raises:
         PGKDError: a mistake in the arguments or the data, found before the model is loaded.
+        RunFinished: the run to be resumed is at its end already; nothing was touched.
         RunInterrupted: a signal ended the run after a checkpoint was saved.
     """
     assert config.output_dir is not None
@@ -80,39 +92,83 @@ def run_training(
         from ..evaluation.controls import control_settings
 
         control_settings(data.control, config)
-    checkpoint = check_run_folder(config.output_dir, resume=data.resume, overwrite=data.overwrite)
+    with explain_full_disk(config.output_dir), locked(config.output_dir):
+        return _run(data, model, config, callbacks or [])
+
+
+def _run(
+    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any]
+) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
+    folder = Path(str(config.output_dir))
+    checkpoint = check_run_folder(folder, resume=data.resume, overwrite=data.overwrite, clear=False)
     checkpoint = checkpoint or config.resume_from_checkpoint
-    train_dataset, held_out = load_datasets(data, config)
     if checkpoint:
-        choose_as_before(config, Path(config.output_dir))
+        choose_as_before(config, folder)
+        stop_if_finished(folder, checkpoint, model, config)
+    train_dataset, held_out = load_datasets(data, config)
     if config.is_open("rollout_log_steps"):
         config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
     from ..view.progress import Watch
     from ..view.terminal import MetricsFileCallback, install
 
-    callbacks = [*(callbacks or []), *evaluation_callbacks(data, config, held_out)]
+    callbacks = [*callbacks, *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
     trainer.run_info.control, trainer.run_info.held_out = data.control, data.held_out
     trainer.add_callback(MetricsFileCallback())
     view = install(trainer)
-    if trainer.is_world_process_zero():
-        folder = Path(config.output_dir)
+
+    def begin() -> None:
+        if data.overwrite:
+            clear_run_folder(folder)
         write_recipe(folder / RECIPE_FILE, data.told)
         write_holdout(folder / HOLDOUT_FILE, held_out)
         write_trained(folder / TRAINED_FILE, train_dataset, config.privileged_key)
+
+    trainer.run_info.when_begun.append(begin)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except RunFinished:
+        if is_saved(folder, Path(str(checkpoint))):
+            raise
+        logger.warning("All steps were trained, but the adapter was not saved; that is done now.")
+        begin()
     finally:
         if isinstance(view, Watch):
             view.stop()  # gives the terminal its cursor back, also after an error
     trainer.run_info.finished = True
     trainer.save_model()
     if data.control is not None and trainer.is_world_process_zero():
-        mark_card(Path(config.output_dir) / CARD_FILE, data.control)
+        mark_card(folder / CARD_FILE, data.control)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+        with explained(f"the run is in {folder}, but cannot be pushed to the Hub", ConfigError):
+            trainer.push_to_hub(dataset_name=data.dataset_name)
     return trainer, held_out
+
+
+def is_saved(folder: Path, checkpoint: Path) -> bool:
+    """Whether the adapter of a run that has trained all its steps is in its folder as well."""
+    last = folder / ADAPTER_FILE
+    if not last.is_file():
+        return False
+    return bool(read_json(folder / RUN_FILE).get("finished")) or filecmp.cmp(last, checkpoint / ADAPTER_FILE, False)
+
+
+def stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, config: PrivilegedGKDConfig) -> None:
+    """Say so before data and model are loaded, where that is sure: the same base, and the adapter is there.
+
+    Raises:
+        RunFinished: the run is at its end.
+    """
+    info = read_json(folder / RUN_FILE)
+    if (
+        info.get("finished")
+        and info.get("base_model") == model.model_name_or_path
+        and (folder / ADAPTER_FILE).is_file()
+    ):
+        done = finished_at(folder, checkpoint, config)
+        if done is not None:
+            raise RunFinished(done)
 
 
 def choose_as_before(config: PrivilegedGKDConfig, folder: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -32,6 +33,7 @@ class DataReport:
         markup: numbers of the rows whose own text holds the tokenizer's special tokens, which act as markup.
         warnings: what a user should know before training, one line each.
         fingerprint: SHA-256 of the rows, see :func:`fingerprint`.
+        teacher_prompts, answers: token ids of every usable row, 4 bytes each; an empty answer for a prompt-only row.
     """
 
     kept: list[int]
@@ -45,6 +47,8 @@ class DataReport:
     markup: list[int]
     warnings: list[str]
     fingerprint: str
+    teacher_prompts: list[array] = field(default_factory=list, repr=False)
+    answers: list[array] = field(default_factory=list, repr=False)
 
     @property
     def rows(self) -> int:
@@ -105,6 +109,8 @@ def validate_rows(
     leaks: list[int] = []
     markup: list[int] = []
     lengths: list[tuple[int, int, int, int, int]] = []
+    teacher_prompts: list[array] = []
+    answers: list[array] = []
     for i, row in enumerate(rows):
         try:
             encoded = collator.encode(row)
@@ -134,6 +140,8 @@ def validate_rows(
                 contexts.privileged_tokens_cut,
             )
         )
+        teacher_prompts.append(array("i", encoded["teacher_ids"]))
+        answers.append(array("i", encoded["completion_ids"]))
         if leaked(contexts, encoded["student_text"]):
             leaks.append(i)
         if has_markup(contexts, collator.special_tokens):
@@ -168,6 +176,8 @@ def validate_rows(
         markup=markup,
         warnings=warnings,
         fingerprint=fingerprint(rows, key),
+        teacher_prompts=teacher_prompts,
+        answers=answers,
     )
 
 
@@ -223,6 +233,12 @@ def checked_rows(
         require_completion=args.lmbda < 1.0 and not args.seq_kd,
         skip_long=args.skip_long_prompts,
     )
+    rows = args.per_device_train_batch_size * args.world_size
+    if name == "train_dataset" and args.dataloader_drop_last and len(report.kept) < rows:
+        raise ConfigError(
+            f"dataloader_drop_last drops what does not fill a batch of {rows} rows, and {name} has {len(report.kept)}: "
+            "not one step would be trained. Remove it, or lower per_device_train_batch_size."
+        )
     if not isinstance(dataset, Dataset):
         dataset = to_dataset(dataset)
     return (dataset.select(report.kept) if report.skipped_long else dataset), report

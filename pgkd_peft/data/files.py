@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
-from ..errors import DataError, first_line
+from ..errors import DataError, reason
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _BOM = b"\xef\xbb\xbf"
@@ -100,12 +100,12 @@ def read_parquet(files: list[Path]) -> Dataset:
         try:
             tables.append(parquet.read_table(path))
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
+            raise DataError(f"{path}: not a readable Parquet file: {reason(error)}") from error
     try:
         return Dataset(pa.concat_tables(tables, promote_options="default"))
     except pa.ArrowException as error:
         names = ", ".join(path.name for path in files)
-        raise DataError(f"the columns of {names} do not fit together: {first_line(error)}") from error
+        raise DataError(f"the columns of {names} do not fit together: {reason(error)}") from error
 
 
 def _read_jsonl(path: Path) -> list[Any]:
@@ -118,7 +118,7 @@ def _read_jsonl(path: Path) -> list[Any]:
             try:
                 row = _object(json.loads(line.decode("utf-8")), check_unicode=b"\\u" in line)
             except (ValueError, RecursionError) as error:
-                row = BrokenRow(first_line(error))
+                row = BrokenRow(reason(error))
             rows.append(BrokenRow(f"{path.name} line {number}: {row}") if isinstance(row, BrokenRow) else row)
     return rows
 
@@ -134,7 +134,7 @@ def _read_json(path: Path) -> list[Any]:
         try:
             json.loads(first)
         except (ValueError, RecursionError):
-            raise DataError(f"{path}: broken JSON: {first_line(error)}") from error
+            raise DataError(f"{path}: broken JSON: {reason(error)}") from error
         return _read_jsonl(path)  # one object a line, under another name
     if isinstance(value, dict) and first == data:
         return _read_jsonl(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
-from ..errors import DataError, first_line
+from ..errors import DataError, reason
 from .columns import ColumnMap
 from .files import (
     SUFFIXES,
@@ -141,7 +141,7 @@ def _load_saved(path: Path, split: str) -> Dataset:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as a saved data set: {first_line(error)}") from error
+        raise DataError(f"{path}: cannot be read as a saved data set: {reason(error)}") from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise NoSplitError(f"{path} has no split {split!r}; it has: {', '.join(saved)}")
@@ -154,7 +154,7 @@ def _load_hub(name: str, config_name: str | None, split: str) -> Dataset:
         return load_dataset(name, config_name, split=split)
     except Exception as error:  # the Hub's client raises a dozen kinds: not found, gated, no network, no such split
         raise DataError(
-            f"data set {name!r} cannot be loaded: {first_line(error)} "
+            f"data set {name!r} cannot be loaded: {reason(error)} "
             "Give a file, a directory, or a Hub name (with its configuration and split) that you may read."
         ) from error
 

@@ -137,6 +137,7 @@ def recovered_nats(
     interval = None
     if samples and recovered is not None:
         names = [groups[i] for i in used] if groups is not None else None
-        interval = bootstrap_recovered(-base, -teacher, -student, groups=names, samples=samples, seed=seed)
-    means = (float(values.sum() / tokens) for values in (base, teacher, student))
-    return Nats(recovered, interval, *means, rows=len(used), tokens=tokens)
+        scores = [(-losses).tolist() for losses in (base, teacher, student)]
+        interval = bootstrap_recovered(*scores, groups=names, samples=samples, seed=seed)
+    means = [float(values.sum() / tokens) for values in (base, teacher, student)]
+    return Nats(recovered, interval, means[0], means[1], means[2], rows=len(used), tokens=tokens)

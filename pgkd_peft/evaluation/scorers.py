@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, explained
 
 Scorer = Callable[[str, Mapping[str, Any]], float]
 
@@ -211,15 +211,14 @@ def right_option_alone(answer: str, row: Mapping[str, Any]) -> float:
 
 def _own_function(spec: str) -> Scorer:
     module, _, name = spec.partition(":")
-    try:
+    with explained(f"the scorer {spec!r} cannot be imported", ConfigError, "Write it as module:function."):
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"the scorer {spec!r} cannot be imported: {error}; write it as module:function") from error
     if not callable(function):
         raise ConfigError(f"the scorer {spec!r} is a {type(function).__name__}, not a function")
 
     def scorer(answer: str, row: Mapping[str, Any]) -> float:
-        value = float(function(answer, row))
+        with explained(f"the scorer {spec} failed on the answer {answer[:80]!r}", ConfigError):
+            value = float(function(answer, row))
         if not 0 <= value <= 1:
             raise ConfigError(f"the scorer {spec} returned {value}; a score must lie between 0 and 1")
         return value

@@ -14,7 +14,7 @@ from ..base_trainer import RunTrainer
 from ..config import PrivilegedGKDConfig
 from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
-from ..errors import ConfigError
+from ..errors import ConfigError, explained
 from ..model.student import build_student, context_length, find_tokenizer, hidden_size
 from ..run.console import show_log_lines
 from ..trl_compat import keep_adapter
@@ -50,7 +50,7 @@ class SFTControlTrainer(RunTrainer):
         set_seed(args.seed)
         student, loaded = build_student(model, args, peft_config, quantization_config)
         settle_training(args, hidden_size(student), len(rows))
-        with keep_adapter(student, args):
+        with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args):
             if args.disable_dropout:
                 disable_dropout_in_model(student)
             super().__init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +9,33 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from ..config import QUANTIZATIONS, compute_dtype
-from ..errors import ConfigError, ModelError, first_line
-from ..model.load import bnb_config
+from ..errors import ConfigError, ModelError, explained, read_object
+from ..model.adapters import check_adapter_tensors
+from ..model.cpu import guard_cpu_linear4bit
+from ..model.frozen import FrozenCheck
+from ..model.load import bnb_config, load_base, tensor_shapes
+from ..model.lora import BASE_CHANGING_INITS
 from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, RESULTS_FILE, RUN_FILE, SUMMARY_FILE, find_in_run
 
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
 
-# Initialisations that change the base weights as well: the saved A and B mean nothing on the plain base.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# What is read of run.json, of those that are not plain text to be shown.
+INFO_TYPES: dict[str, type] = {
+    "config": dict,
+    "automatic": dict,
+    "held_out": dict,
+    "quantization_config": dict,
+    "versions": dict,
+    "base_quantization": str,
+    "base_digest": str,
+    "compute_dtype": str,
+    "holdout_prompts": str,
+}
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,15 @@ def read_run(
         ConfigError: an unknown quantization.
     """
     folder = _adapter_folder(adapter)
-    config = _read_json(folder / ADAPTER_CONFIG)
+    config = read_object(folder / ADAPTER_CONFIG)
     _check_adapter_config(config, folder)
+    tensor_shapes(folder / ADAPTER_FILE)  # whole, before anything is loaded
     run_folder, info = _find_json(folder, RUN_FILE)
+    for key, kind in INFO_TYPES.items():
+        if info.get(key) is not None and not isinstance(info[key], kind):
+            raise ModelError(
+                f"{run_folder}/{RUN_FILE} is damaged: {key} is {info[key]!r}, expected is a {kind.__name__}."
+            )
     # Whatever is judged writes eval_results.json; the demo's own summary may be older than the last judgement.
     _, results = _find_json(folder, RESULTS_FILE, SUMMARY_FILE)
     base_name = base_model or config.get("base_model_name_or_path")
@@ -96,7 +116,7 @@ def read_run(
     if not isinstance(dtype, torch.dtype):
         dtype = compute_dtype()
         assumed.append(f"the compute dtype of training was {str(dtype).removeprefix('torch.')}")
-    own_config = _read_json(base / "config.json").get("quantization_config")
+    own_config = read_object(base / "config.json").get("quantization_config")
     if own_config is not None:
         quantization, quantization_config = _own_quantization(own_config, base_name, quantization)
     else:
@@ -153,7 +173,9 @@ def _own_quantization(own: dict[str, Any], base: str, asked: str | None) -> tupl
 
 
 def _bitsandbytes_config(settings: dict[str, Any]) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(**{k: v for k, v in settings.items() if not k.startswith("_") and k != "quant_method"})
+    known = {k: v for k, v in settings.items() if not k.startswith("_") and k != "quant_method"}
+    with explained("the quantization settings of the base (quantization_config) cannot be read"):
+        return BitsAndBytesConfig(**known)
 
 
 def _adapter_folder(adapter: str) -> Path:
@@ -194,37 +216,76 @@ def find_base(name: str, *, revision: str | None = None) -> Path:
 
 
 def _download(repo: str, revision: str | None, what: str, patterns: list[str]) -> Path:
-    try:
+    with explained(f"{what} {repo!r} is no local directory, nor does the Hub give it"):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{what} {repo!r} is no local directory, nor does the Hub give it: {first_line(error)}"
-        ) from error
 
 
 def _check_adapter_config(config: dict[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} holds a {config.get('peft_type')} adapter; only LORA (DoRA, rsLoRA) can be merged")
     init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(_BASE_CHANGING_INITS):
+    if init.startswith(BASE_CHANGING_INITS):
         raise ModelError(
             f"{folder} was initialised with {init!r}, which also changes the base weights, so its A and B do not fit "
             "the plain base. Save it with path_initial_model_for_weight_conversion (see PEFT's guide on PiSSA), which "
             "turns it into a plain LoRA, and use that."
+        )
+    if config.get("layer_replication"):
+        raise ModelError(
+            f"{folder} was trained with layer_replication, whose doubled layers no file of the base has; it can be "
+            "used through PEFT alone."
         )
 
 
 def _find_json(folder: Path, *names: str) -> tuple[Path | None, dict[str, Any]]:
     """The first of `names` that the folder has, or the one above it when the folder is a checkpoint of a run."""
     path = next(filter(None, (find_in_run(folder, name) for name in names)), None)
-    return (None, {}) if path is None else (path.parent, _read_json(path))
+    return (None, {}) if path is None else (path.parent, read_object(path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
+# ---- the model that was trained --------------------------------------------------------------------------------------
+
+
+def load_trained(run: AdapterRun, *, trust_remote_code: bool = False) -> PeftModel:
+    """The adapter on its base, as training held it, all its tensors loaded; in eval mode, on the GPU if there is one.
+
+    Raises:
+        PGKDError: base or adapter cannot be loaded, or the adapter does not fit.
+    """
+    base = load_base(
+        str(run.base),
+        quantization=run.quantization,
+        quantization_config=run.quantization_config,
+        dtype=run.dtype,
+        trust_remote_code=trust_remote_code,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    with explained(f"the adapter {run.folder} does not fit base {run.base_name!r}"):
+        model = PeftModel.from_pretrained(base, str(run.folder))
+    path = run.folder / ADAPTER_FILE
+    check_adapter_tensors(model, path, tensor_shapes(path), f"base {run.base_name!r}")
+    guard_cpu_linear4bit(model)
+    return model.eval()
+
+
+def base_matches(model: PeftModel, run: AdapterRun) -> bool | None:
+    """Whether the base as loaded here is, bit for bit, the one whose digest run.json holds; None where there is no
+    digest, or where the run was trained on another kind of device, whose quantization kernels may round differently."""
+    trained_on_cpu = str(run.info.get("device")).startswith("CPU")
+    if not run.info.get("base_digest") or trained_on_cpu == torch.cuda.is_available():
+        return None
+    return FrozenCheck(model).digest == run.info["base_digest"]
+
+
+def wrong_base(run: AdapterRun) -> str:
+    """What is said when :func:`base_matches` is False."""
+    return (
+        f"the base {run.base_name!r} is not the one that the adapter was trained on: its weights have another digest "
+        "than run.json holds. An adapter means nothing on other weights; bring the old base back (--base-model)."
+    )
+
+
+def check_base(model: PeftModel, run: AdapterRun) -> None:
+    """Raises ModelError when the base is known to be another one than in training."""
+    if base_matches(model, run) is False:
+        raise ModelError(wrong_base(run))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig
 
-from ..errors import ModelError
+from ..errors import ModelError, read_object
+from ..model.load import tensor_shapes
 
 
 class BaseWeights:
@@ -28,10 +28,8 @@ class BaseWeights:
         self._file_of: dict[str, Path] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(folder):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                    self._file_of[key] = path
-                    self._shape_of[key] = tuple(file.get_slice(key).get_shape())
+            for key, shape in tensor_shapes(path).items():
+                self._file_of[key], self._shape_of[key] = path, shape
         # bitsandbytes keeps a weight's statistics beside it: X.weight.absmax, X.weight.quant_map, ... or X.SCB
         self._statistics: dict[str, list[str]] = {}
         for key in self._file_of:
@@ -95,7 +93,10 @@ def _dequantize_4bit(data: torch.Tensor, state: bnb.functional.QuantState, dtype
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} has no weight_map, so it is no index of shards")
+        names = sorted({str(name) for name in weight_map.values()})
     elif (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif any(folder.glob("*.bin")):

@@ -10,15 +10,19 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, explained, read_object
 from ..model.demo import DEMO_MODEL, cache_dir
 from .adapter import AdapterRun
 
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LOCAL_PATH = re.compile(r"(?<![\w:/.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@+-]+[/\\])*([\w.@+-]+)[/\\]?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id: NAME or ORG/NAME."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def hub_id(run: AdapterRun) -> str | None:
@@ -35,7 +39,7 @@ def hub_id(run: AdapterRun) -> str | None:
             return part.removeprefix("models--").replace("--", "/", 1)
     if run.base.resolve() == (cache_dir() / DEMO_MODEL).resolve():
         return DEMO_MODEL_ID
-    recorded = json.loads((run.base / "config.json").read_text(encoding="utf-8")).get("_name_or_path", "")
+    recorded = read_object(run.base / "config.json").get("_name_or_path", "")
     return recorded if "/" in recorded and _HUB_ID.fullmatch(recorded) else None
 
 
@@ -142,14 +146,10 @@ def push(path: Path, repo_id: str) -> str:
     """
     api = HfApi()
     folder, only = (path, None) if path.is_dir() else (path.parent, [path.name])
-    try:
+    advice = f"The result stays in {path}; log in with `hf auth login` and check that you may write to that repository."
+    with explained(f"--push-to-hub {repo_id}", ConfigError, advice):
         repo = api.create_repo(repo_id, repo_type="model", exist_ok=True)
         api.upload_folder(
             repo_id=repo.repo_id, folder_path=folder, allow_patterns=only, commit_message=f"Upload {path.name}"
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"--push-to-hub {repo_id}: {first_line(error)} The result stays in {path}; log in with `hf auth login` "
-            "and check that you may write to that repository."
-        ) from error
     return str(repo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -11,18 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from ..errors import ConfigError
 from ..model.load import load_base
 from ..run.folder import ADAPTER_FILE, CARD_FILE
+from ..run.place import check_writable
 from . import card as publish
-from .adapter import AdapterRun, read_run
+from .adapter import AdapterRun, read_run, wrong_base
 from .merge_report import MergeReport, merged_card, recommend, survived
 from .merged_weights import BASES, MergedWeights
 from .rounding import Surviving
 from .verify import MAX_NEW_TOKENS, Prompts, Score, TrainedModel, read_prompts
-from .write import DTYPES, write_checkpoint
+from .write import DTYPES, read_tokenizer, write_checkpoint
 
 # Mean KL(trained || merged), nats/token, above which a merge onto the dequantized base has failed. Rounding to b bits
 # of mantissa moves a weight by up to 2^-b of itself, and KL grows with the square of that. Measured on SmolLM2-135M
@@ -98,11 +99,13 @@ def merge_adapter(
     ):
         if value not in accepted and not (flag == "requantize" and value is None):
             raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
-    if tolerance is not None and not tolerance > 0:
+    if tolerance is not None and not 0 < tolerance < math.inf:
         raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
     target = _free_target(Path(out).resolve(), force)
+    check_writable(target, "--out")
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
     rows = read_prompts(run, prompts) if verify else None
+    tokenizer = read_tokenizer(run, trust_remote_code=trust_remote_code) if verify else None
     _refuse_zero_adapter(run)
     report = MergeReport(
         out=str(target),
@@ -113,7 +116,7 @@ def merge_adapter(
         quantization=run.quantization,
         assumed=list(run.assumed),
         requantized=requantize,
-        command=f"pgkd merge {adapter} --out {out} --base {base} --dtype {dtype}",
+        command=shlex.join(["pgkd", "merge", adapter, "--out", out, "--base", base, "--dtype", dtype]),
         versions={name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
     )
     log(f"Merging {run.folder} into {run.base_name} ({run.quantization} in training): {base} base, {dtype}")
@@ -128,10 +131,10 @@ def merge_adapter(
     except (VerificationError, ConfigError):
         shutil.rmtree(folder)  # refused for good: nothing there is worth keeping
         raise
-    if rows is not None:
+    if rows is not None and tokenizer is not None:
         with TrainedModel(
             run,
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+            tokenizer,
             rows,
             max_new_tokens=max_new_tokens,
             score=score,
@@ -145,7 +148,7 @@ def merge_adapter(
     (folder / CARD_FILE).write_text(merged_card(report, run), encoding="utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if report.passed is False:
-        raise VerificationError(_failure(report, folder), report)
+        raise VerificationError(_failure(report, run, folder), report)
     _publish(folder, target)
     log(f"Wrote {target}")
     if push_to_hub:
@@ -165,9 +168,10 @@ def _free_target(target: Path, force: bool) -> Path:
 
 
 def _refuse_zero_adapter(run: AdapterRun) -> None:
-    """A LoRA starts with B = 0; one that never trained adds nothing. (Other kinds are found out after the merge.)"""
+    """A LoRA starts with B = 0 (of an embedding: A = 0); one that never trained adds nothing. (Other kinds are found
+    out after the merge.)"""
     with safe_open(run.folder / ADAPTER_FILE, "pt") as file:
-        names = [name for name in file.keys() if "lora_A" not in name and "lora_embedding_A" not in name]  # noqa: SIM118
+        names = [name for name in file.keys() if "lora_A" not in name and "lora_embedding_B" not in name]  # noqa: SIM118
         if names and not any(file.get_tensor(name).any() for name in names):
             raise VerificationError(
                 f"the adapter in {run.folder} is all zeros, so the merged model would be its base. Did training run, "
@@ -179,11 +183,12 @@ def _enter_survived(report: MergeReport, cast: Surviving, four_bit: Surviving, l
     report.surviving_share, report.rounding_noise = cast.share, cast.noise
     report.four_bit_share, report.four_bit_noise = four_bit.share, four_bit.noise
     if cast.changed == 0:
-        raise VerificationError(
-            f"in {report.dtype} the merged weights are identical to the base's: what the adapter adds is smaller than "
-            "the rounding. Use --dtype fp32.",
-            report,
+        why = (
+            "what the adapter adds is smaller than the rounding. Use --dtype fp32."
+            if report.dtype != "fp32"
+            else "the adapter adds nothing to it. Did training run, and was this adapter saved after it?"
         )
+        raise VerificationError(f"in {report.dtype} the merged weights are identical to the base's: {why}", report)
     log(f"Of what the adapter adds, {survived(cast.share, cast.noise)} survives the cast to {report.dtype}.")
     if four_bit.elements:
         log(f"Merged into 4-bit weights, {survived(four_bit.share, four_bit.noise)} would have survived.")
@@ -265,13 +270,9 @@ def _judge(report: MergeReport, prompts: Prompts, tolerance: float | None, log: 
     )
 
 
-def _failure(report: MergeReport, folder: Path) -> str:
+def _failure(report: MergeReport, run: AdapterRun, folder: Path) -> str:
     if report.base_matches_training is False:
-        return (
-            f"the base {report.base_model} is not the one that the adapter was trained on: its weights have another "
-            "digest than run.json holds. An adapter means nothing on other weights; bring the old base back "
-            f"(--base-model). The result stays in {folder}."
-        )
+        return f"{wrong_base(run)} The result stays in {folder}."
     kl = report.fidelity[report.base]["kl_mean"]
     if report.base == "original":
         reason = "The original weights are not those that the adapter was trained on; --base dequantized is."

@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import ModelError, first_line
-from ..model.load import base_of
+from ..errors import ModelError, explained
+from ..model.adapters import check_adapter_tensors
+from ..model.load import base_of, tensor_shapes
 from .adapter import ADAPTER_FILE, AdapterRun
 from .base_weights import BaseWeights, quantization_roundtrip
 
@@ -88,7 +89,8 @@ class MergedWeights:
             )
         self.run, self.base = run, base
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.config = AutoConfig.from_pretrained(run.base, trust_remote_code=trust_remote_code)
+        with explained(f"base {run.base_name!r} cannot be read"):
+            self.config = AutoConfig.from_pretrained(run.base, trust_remote_code=trust_remote_code)
         self.config.__dict__.pop("quantization_config", None)
         self._files = BaseWeights(run.base)
         self._quantized = _quantized_modules(self.config, run, trust_remote_code)
@@ -195,7 +197,7 @@ class MergedWeights:
 
 def _phantom_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """The model with weights that have the right shape but take no memory (one zero, expanded); ties are kept."""
-    with torch.device("meta"):
+    with explained(f"no causal language model can be made of {config.name_or_path!r}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     phantoms: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -243,12 +245,10 @@ def _adapter_parts(
     model: PreTrainedModel, run: AdapterRun
 ) -> tuple[dict[str, BaseTunerLayer], dict[str, torch.Tensor]]:
     """Attach the adapter; returns its layers by module name, and the weights that it replaces by parameter name."""
-    try:
+    with explained(f"the adapter {run.folder} does not fit base {run.base_name!r}"):
         peft_model = PeftModel.from_pretrained(model, run.folder, low_cpu_mem_usage=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the adapter {run.folder} does not fit base {run.base_name!r}: {first_line(error)}"
-        ) from error
+    path = run.folder / ADAPTER_FILE
+    check_adapter_tensors(peft_model, path, tensor_shapes(path), f"base {run.base_name!r}")
     layers: dict[str, BaseTunerLayer] = {}
     overrides: dict[str, torch.Tensor] = {}
     saved = load_file(run.folder / ADAPTER_FILE)

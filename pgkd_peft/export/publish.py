@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -11,17 +12,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GgufConfig
+from transformers import GgufConfig
 
 from ..errors import ConfigError, ModelError
 from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, CARD_FILE, TOKENIZER_FILE
+from ..run.place import check_writable
 from . import card as publish
-from .adapter import AdapterRun, read_run
+from .adapter import AdapterRun, check_base, load_trained, read_run, wrong_base
 from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
 from .merge import TOLERANCE, VerificationError
 from .merged_weights import BASES, MergedWeights
 from .verify import Prompts, TrainedModel, read_prompts
-from .write import copy_tokenizer, tokenizer_folder
+from .write import copy_tokenizer, read_tokenizer
 
 FORMATS = ("peft", "gguf-lora", "gguf")
 
@@ -79,7 +81,8 @@ def export_adapter(
         gguf_type: f16, q8_0 or f32, of "gguf".
         base: dequantized or original, of "gguf" (see merge_adapter).
         base_id: the base's Hub id, for a base that is only a local directory.
-        prompts, tolerance, verify: of "gguf": as in merge_adapter; the file is read by Transformers and compared.
+        prompts, tolerance: of "gguf": as in merge_adapter; the file is read by Transformers and compared.
+        verify: that, and that the base is, by run.json's digest, the one that was trained on.
         quantization, base_model: override what run.json and adapter_config.json say.
         push_to_hub: repository id to upload the result to.
 
@@ -90,20 +93,28 @@ def export_adapter(
     for flag, value, accepted in (("format", format, FORMATS), ("gguf-type", gguf_type, TYPES), ("base", base, BASES)):
         if value not in accepted:
             raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
+    if base_id is not None and not publish.is_hub_id(base_id):
+        raise ConfigError(f"--base-id is {base_id!r}, which is no Hub id; give ORG/NAME.")
     target = Path(out)
     if format != "peft" and target.suffix != ".gguf":
         raise ConfigError(f"--out {out} must end in .gguf for --format {format}: it is a file")
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ConfigError(f"--out {out} exists already; give another")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
+    check_writable(target, "--out")
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
     identity = base_id or publish.hub_id(run)
+    if format == "peft" and identity is None:
+        raise ConfigError(
+            f"the base of this adapter is the local directory {run.base_name}, which nobody else has. Give the id "
+            "under which others find it with --base-id ORG/NAME."
+        )
+    if verify and format != "gguf":  # which loads the trained model anyway
+        check_base(load_trained(run, trust_remote_code=trust_remote_code), run)
     report = ExportReport(out, format, identity or run.base.name, [], assumed=list(run.assumed))
     if format == "peft":
-        if identity is None:
-            raise ConfigError(
-                f"the base of this adapter is the local directory {run.base_name}, which nobody else has. Give the id "
-                "under which others find it with --base-id ORG/NAME."
-            )
+        assert identity is not None
         _export_peft(run, target, identity)
     else:
         weights = MergedWeights(run, base=base, trust_remote_code=trust_remote_code)
@@ -170,7 +181,7 @@ def _export_gguf(
 ) -> GGUFSummary:
     """Write the merged model, let Transformers read the file, and compare what it read with the trained model."""
     run = weights.run
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(run), trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(run, trust_remote_code=trust_remote_code)
     unverified = target.with_suffix(".unverified.gguf")
     unverified.unlink(missing_ok=True)
     summary = write_gguf_model(weights, tokenizer, unverified, gguf_type, name=report.base_model, log=log)
@@ -185,6 +196,8 @@ def _export_gguf(
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
             )
+        if trained.base_matches is False:
+            raise VerificationError(f"{wrong_base(run)} The file stays in {unverified}.")
         limit = GGUF_TOLERANCE[gguf_type] if weights.base == "dequantized" else None
         report.tolerance = limit if tolerance is None else tolerance
         report.fidelity = fidelity.as_dict()

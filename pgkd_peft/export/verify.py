@@ -21,19 +21,17 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..data.collator import stop_ids
-from ..errors import DataError
+from ..errors import DataError, explained
 from ..model.cpu import guard_cpu_linear4bit
-from ..model.frozen import FrozenCheck
-from ..model.load import base_of, dequantized_weight, load_base
+from ..model.load import base_of, dequantized_weight
 from ..rollout import generate
-from .adapter import AdapterRun
+from .adapter import AdapterRun, base_matches, load_trained
 
 # Used when a run kept no held-out prompts and none were given: everyday questions that no adapter was made for.
 NEUTRAL_PROMPTS = (
@@ -119,7 +117,9 @@ def read_prompts(run: AdapterRun, file: str | None) -> Prompts:
     if not path.is_file():
         raise DataError(f"--prompts {str(path)!r} is no file; give one with a prompt a line, as text or JSON")
     rows_, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    with explained(f"--prompts {str(path)!r} cannot be read as UTF-8 text", DataError):
+        text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 rows_.append(_prompt_row(line))
@@ -152,9 +152,7 @@ class TrainedModel:
         arithmetic_floor: mean KL between the trained model in float32 arithmetic and the same model as it ran in
             training. A merged model cannot be told from the trained one below it.
         adapter_effect: mean KL between the trained model and its base without the adapter: what there is to lose.
-        base_matches: whether the base as loaded here is, bit for bit, the one whose digest run.json holds; None where
-            there is no digest, or where the run was trained on another kind of device, whose quantization kernels may
-            round differently.
+        base_matches: see :func:`~pgkd_peft.export.adapter.base_matches`.
         answer_nll, score: as in Fidelity.
     """
 
@@ -191,17 +189,8 @@ class TrainedModel:
     @torch.no_grad()
     def _measure_trained(self) -> None:
         run = self.run
-        base = load_base(
-            str(run.base),
-            quantization=run.quantization,
-            dtype=run.dtype,
-            quantization_config=run.quantization_config,
-            trust_remote_code=self._trust,
-        )
-        model = PeftModel.from_pretrained(base, str(run.folder)).eval()
-        trained_on_cpu = str(run.info.get("device")).startswith("CPU")
-        if run.info.get("base_digest") and trained_on_cpu != torch.cuda.is_available():
-            self.base_matches = FrozenCheck(model).digest == run.info["base_digest"]
+        model = load_trained(run, trust_remote_code=self._trust)
+        self.base_matches = base_matches(model, run)
         self.sequences = build_sequences(model, self.tokenizer, self.prompts, self.max_new_tokens)
         if self._score is not None:
             self.score = self._score(model, self.tokenizer)

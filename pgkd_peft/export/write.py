@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import ModelError
-from ..model.load import bnb_config
+from ..errors import ModelError, explained, read_object
+from ..model.load import bnb_config, check_source
 from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun
 from .base_weights import quantization_roundtrip
 from .merged_weights import MergedWeights
@@ -22,16 +23,19 @@ from .rounding import Surviving, row_sample
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 1 << 30  # of the output; what a merge holds in memory beside its largest tensor
 STATE_FILE = "merge_state.json"
+# What tokenizers are saved as: fast, slow, SentencePiece, tiktoken, code of their own; one chat template or several.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    "vocab.*",
     "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    "*.model",
+    "*.tiktoken",
+    "tokenization_*.py",
+    "chat_template.*",
+    "additional_chat_templates/*",
 )
 
 
@@ -145,9 +149,9 @@ def _finished_shards(folder: Path, fingerprint: str) -> dict[str, Any]:
     """The shards that an interrupted merge of the same things left in `folder`; of anything else it is emptied."""
     state_file = folder / STATE_FILE
     if state_file.is_file():
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-        if state["fingerprint"] == fingerprint and all((folder / name).is_file() for name in state["shards"]):
-            shards: dict[str, Any] = state["shards"]
+        state = read_object(state_file)
+        shards: dict[str, Any] = state.get("shards") or {}
+        if state.get("fingerprint") == fingerprint and all((folder / name).is_file() for name in shards):
             return shards
     elif folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is where an unfinished merge would stand, but no merge wrote it; move it away")
@@ -174,7 +178,7 @@ def _write_index(folder: Path, plan: dict[str, list[str]]) -> None:
 def _write_config(weights: MergedWeights, folder: Path, dtype: str) -> None:
     """The base's own config.json, unquantized, in the new dtype; its generation config; its code, if it has any."""
     base = weights.run.base
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_object(base / "config.json")
     for key in ("quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(key, None)
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
@@ -193,7 +197,22 @@ def tokenizer_folder(run: AdapterRun) -> Path:
 
 
 def copy_tokenizer(run: AdapterRun, folder: Path) -> None:
+    """Every file of the run's tokenizer, all of its chat templates included."""
     source = tokenizer_folder(run)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def read_tokenizer(run: AdapterRun, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The run's tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    folder = tokenizer_folder(run)
+    check_source(str(folder))
+    with explained(f"no tokenizer can be loaded from {str(folder)!r}"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, explained, refuse_pointer
 
 STUDENT = "default"  # PEFT's name of the one adapter that trains
 
@@ -123,19 +122,45 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         CheckpointError: the file is missing or damaged, or its tensors are not those of this adapter.
     """
     path = folder / ADAPTER_FILE
-    try:
+    with explained(f"{path} cannot be read", CheckpointError):
+        refuse_pointer(path)
         saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    own = get_peft_model_state_dict(model, adapter_name=STUDENT, save_embedding_layers=False)
-    for name, tensor in own.items():
-        if name not in saved:
-            raise CheckpointError(
-                f"{path} does not fit this run's adapter: {name} is missing. Was target_modules changed?"
-            )
-        if saved[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path} does not fit this run's adapter: {name} is {tuple(saved[name].shape)}, expected is "
-                f"{tuple(tensor.shape)}. Use the rank and the base that it was trained with."
-            )
+    check_adapter_tensors(model, path, {name: tuple(tensor.shape) for name, tensor in saved.items()})
     set_peft_model_state_dict(model, saved, adapter_name=STUDENT)
+
+
+def check_adapter_tensors(
+    model: PeftModel, path: Path, saved: Mapping[str, tuple[int, ...]], to: str = "this run's adapter"
+) -> None:
+    """That a file holds the tensors of the student's adapter, all of them, in their shapes, and no others.
+
+    PEFT only warns of what is missing, and leaves it as it was drawn at random. Weights of the base that PEFT saved
+    beside the adapter (an embedding that was resized) may be there.
+
+    Args:
+        saved: name -> shape, as the file has them.
+        to: what the file should fit, for the message.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, too many, or of another shape.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=STUDENT, save_embedding_layers=False)
+    base = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = [name for name in own if name not in saved]
+    more = [name for name in saved if name not in own and name not in base]
+    said = f"{path} does not fit {to}: "
+    if not saved or len(missing) == len(own):
+        example = f" ({next(iter(saved))} ..., where {next(iter(own))} ... are wanted)" if saved and own else ""
+        raise CheckpointError(f"{said}no tensor of it fits this base{example}. Was it trained on another one?")
+    if missing:
+        rest = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{said}{missing[0]} is missing{rest}. Was target_modules changed, or the file cut?")
+    if more:
+        rest = f" (and {len(more) - 1} more)" if len(more) > 1 else ""
+        raise CheckpointError(f"{said}{more[0]}{rest} belongs to no layer of it. Was target_modules changed?")
+    for name, tensor in own.items():
+        if saved[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{said}{name} is {saved[name]}, expected is {tuple(tensor.shape)}. Use the rank and the base that it "
+                "was trained with."
+            )

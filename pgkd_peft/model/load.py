@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -17,10 +20,52 @@ from transformers import (
 )
 
 from ..config import QUANTIZATIONS, compute_dtype
-from ..errors import ModelError, first_line
+from ..errors import ConfigError, ModelError, explained, read_object, refuse_pointer
 from .cpu import guard_cpu_linear4bit
+from .lora import check_lora, check_names
 
 logger = logging.getLogger(__name__)
+
+
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def check_source(name: str, what: str = "model") -> None:
+    """That a name which can only be a local path is a folder, and its weights and settings are whole files.
+
+    Raises:
+        ModelError: there is no such folder, or a file in it is cut off, damaged or a Git LFS pointer.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        for file in JSON_FILES:
+            if (folder / file).is_file():
+                read_object(folder / file)
+        for path in sorted(folder.glob("*.safetensors")):
+            tensor_shapes(path)
+    elif folder.exists():
+        raise ModelError(f"{what} {name!r} is a file; give the folder that holds it.")
+    elif not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ModelError(
+            f"{what} {name!r} does not exist. Give a local folder that holds config.json and the weights, or a Hub id."
+        )
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a safetensors file; its header alone is read.
+
+    Raises:
+        ModelError: it cannot be read: missing, cut off, damaged, a Git LFS pointer.
+    """
+    refuse_pointer(path)
+    advice = "It is cut off or damaged; download or copy it again."
+    with explained(f"{path} cannot be read", advice=advice), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+# ---- the base --------------------------------------------------------------------------------------------------------
 
 
 def bnb_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -63,30 +108,73 @@ def load_base(
         model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ModelError: unknown quantization, or a path that holds no model.
+        ModelError: unknown quantization, one that the base is not stored in, or a path that holds no model.
     """
+    check_source(name_or_path)
     dtype = dtype or compute_dtype()
     if quantization_config is None:
         quantization_config = bnb_config(quantization, dtype)
+    check_stored(name_or_path, quantization_config, trust_remote_code=trust_remote_code, revision=revision)
     if quantization_config is not None:
         model_kwargs["quantization_config"] = quantization_config
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, **model_kwargs
+    with explained(f"model {name_or_path!r} cannot be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **model_kwargs,
         )
-    except OSError as error:
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
         raise ModelError(
-            f"model {name_or_path!r} cannot be loaded: {first_line(error)} Give a local directory that holds "
-            "config.json and the weights, or a Hub id that exists and that you may read."
-        ) from error
+            f"model {name_or_path!r} cannot be loaded: {key} is {tuple(stored)} in its files, but config.json says "
+            f"{tuple(wanted)}."
+        )
     if quantization_config is None and device is not None:
         model.to(device)
     guard_cpu_linear4bit(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def check_stored(name: str, asked: BitsAndBytesConfig | None, **source: Any) -> None:
+    """That a base whose files are quantized already is asked for in just that quantization.
+
+    Raises:
+        ModelError: names both, and what to set; or the config cannot be read.
+    """
+    with explained(f"model {name!r} cannot be loaded"):
+        stored = getattr(AutoConfig.from_pretrained(name, **source), "quantization_config", None)
+    if stored is None:
+        return
+    if not isinstance(stored, dict):
+        stored = stored.to_dict()
+    method = str(stored.get("quant_method") or "bitsandbytes")
+    if not method.startswith("bitsandbytes"):
+        raise ModelError(
+            f"the files of base {name!r} are quantized by {method!r}; only plain and bitsandbytes weights can be "
+            "trained and merged here. Take the unquantized model."
+        )
+    there, wanted = quantization_name(stored), quantization_name(asked.to_dict() if asked is not None else None)
+    if there != wanted:
+        known = f"set base_quantization to {there}" if there in QUANTIZATIONS else "take the unquantized model"
+        raise ModelError(
+            f"the files of base {name!r} are quantized to {there} already, but {wanted} is asked for; {known}."
+        )
+
+
+def quantization_name(settings: dict[str, Any] | None) -> str:
+    """What bitsandbytes settings are called: none, int8, or the 4-bit type (nf4, fp4)."""
+    if not settings:
+        return "none"
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
+        return "int8"
+    return str(settings.get("bnb_4bit_quant_type", "nf4"))
 
 
 def load_tokenizer(
@@ -103,12 +191,11 @@ def load_tokenizer(
     Raises:
         ModelError: there is no tokenizer, or it has no chat template.
     """
-    try:
+    check_source(name_or_path)
+    with explained(f"no tokenizer can be loaded from {name_or_path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, revision=revision, padding_side="left"
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer can be loaded from {name_or_path!r}: {first_line(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return prepare_tokenizer(tokenizer)
@@ -141,15 +228,15 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig | None = None) -
     """Wrap `model` with a LoRA (the default one when none is given), its weights in float32.
 
     Raises:
-        ModelError: the config is no LoRA, so that nothing could be disabled to get the teacher back.
+        ConfigError, ModelError: see :func:`~pgkd_peft.model.lora.check_lora`, and what PEFT cannot attach.
     """
-    peft_config = peft_config or default_lora()
-    if not isinstance(peft_config, LoraConfig):
-        raise ModelError(
-            f"peft_config is a {type(peft_config).__name__}; only LoRA (peft.LoraConfig, DoRA and rsLoRA included) "
-            "can be switched off to give the teacher. Pass a LoraConfig."
-        )
-    return get_peft_model(model, peft_config)
+    if peft_config is None:
+        return get_peft_model(model, default_lora())
+    check_lora(peft_config)
+    assert isinstance(peft_config, LoraConfig)
+    check_names(model, peft_config)
+    with explained("the LoRA of peft_config (lora_target_modules ...) cannot be attached", ConfigError):
+        return get_peft_model(model, peft_config)
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

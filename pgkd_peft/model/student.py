@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import PrivilegedGKDConfig, compute_dtype
-from ..errors import ConfigError, ModelError, first_line
-from .adapters import STUDENT, load_adapter
+from ..errors import ConfigError, ModelError, explained, read_object, read_text
+from .adapters import ADAPTER_FILE, STUDENT, load_adapter
 from .cpu import guard_cpu_linear4bit, use_short_backward
-from .load import attach_lora, base_of, load_base, load_tokenizer, prepare_tokenizer
+from .load import attach_lora, base_of, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
+from .lora import check_lora, check_names_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def is_adapter_folder(model: Any) -> bool:
 
 def adapter_base(folder: str) -> str:
     """The base model that an adapter folder names."""
-    base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ModelError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")
     return base
 
@@ -66,7 +66,7 @@ def _read_template(args: PrivilegedGKDConfig) -> str | None:
             f"chat_template_path is {args.chat_template_path!r}; it must be an existing .jinja or .j2 file. (A "
             "template taken from another model would bring tokens that this base has never seen.)"
         )
-    return path.read_text(encoding="utf-8")
+    return read_text(path, "chat_template_path")
 
 
 def _revision(model: Any, args: PrivilegedGKDConfig) -> str | None:
@@ -86,7 +86,7 @@ def context_length(model: Any, args: PrivilegedGKDConfig) -> int | None:
             )
         except (OSError, ValueError):  # what is wrong with it is said when it is loaded
             return None
-    if not hasattr(config, "get_text_config"):
+    if config is None or not hasattr(config, "get_text_config"):
         return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -125,6 +125,7 @@ def build_student(
         if adapter is not None and peft_config is not None:
             raise ConfigError(f"{adapter!r} is an adapter, which brings its own LoRA settings; remove peft_config.")
         base = adapter_base(adapter) if adapter else model
+        check_before_loading(base, adapter, args, peft_config)
         model = load_quantized(base, args, quantization_config)
         what = "given settings" if quantization_config is not None else args.base_quantization
         loaded = f"base {base} loaded once ({what}, {str(training_dtype(args)).removeprefix('torch.')}); "
@@ -157,18 +158,30 @@ def build_student(
     )
 
 
+def check_before_loading(
+    base: str, adapter: str | None, args: PrivilegedGKDConfig, peft_config: PeftConfig | None
+) -> None:
+    """Refuse the adapter's settings before the base is loaded, which can take minutes.
+
+    Raises:
+        ConfigError, ModelError: they cannot train on this base.
+    """
+    check_source(base)
+    if adapter is not None:
+        check_lora(read_object(Path(adapter) / "adapter_config.json"), f"{adapter}/adapter_config.json")
+        tensor_shapes(Path(adapter) / ADAPTER_FILE)
+    elif peft_config is not None:
+        check_lora(peft_config)
+        assert isinstance(peft_config, LoraConfig)
+        trust = (args.model_init_kwargs or {}).get("trust_remote_code", args.trust_remote_code)
+        check_names_of(base, peft_config, trust_remote_code=trust, revision=_revision(base, args))
+
+
 def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     """The base with an adapter from a folder, every tensor of it loaded."""
-    try:
+    advice = "Was it trained on another one? base_model_name_or_path in its adapter_config.json says which is loaded."
+    with explained(f"the adapter {adapter} does not fit its base {name_of(model)!r}", advice=advice):
         student = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        mismatch = next(
-            (line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error)
-        ).rstrip(".")
-        raise ModelError(
-            f"the adapter {adapter} does not fit its base {name_of(model)!r}: {mismatch}. Was it trained on "
-            "another one? base_model_name_or_path in its adapter_config.json says which base is loaded."
-        ) from error
     load_adapter(student, Path(adapter))  # PEFT only warns of missing tensors
     return student
 
@@ -180,6 +193,7 @@ def _check_peft_model(model: PeftModel, peft_config: PeftConfig | None) -> None:
         raise ModelError(
             f"the PeftModel holds the adapters {list(model.peft_config)}; exactly one, named {STUDENT!r}, can train."
         )
+    check_lora(model.peft_config[STUDENT], "the PeftModel's config")
     if not any(param.requires_grad for param in model.parameters()):
         raise ModelError(
             "nothing in the PeftModel trains; load it with PeftModel.from_pretrained(..., is_trainable=True)"
@@ -193,7 +207,9 @@ def load_quantized(
     kwargs = dict((args.teacher_model_init_kwargs if teacher else args.model_init_kwargs) or {})
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
+        dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"dtype is {dtype!r}; accepted are auto, bfloat16, float16, float32.")
     quantization_config = kwargs.pop("quantization_config", quantization_config)
     model = load_base(
         name,

@@ -14,16 +14,19 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, ModelError, read_object, reason
 from .folder import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
+    CHAT_TEMPLATES,
     COMPLETIONS_FILE,
     MANIFEST,
     RUN_FILE,
@@ -32,7 +35,7 @@ from .folder import (
     is_checkpoint,
     is_run_file,
 )
-from .jsonl import write_json
+from .jsonl import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,27 +78,70 @@ def verify(folder: str | os.PathLike) -> None:
         raise CheckpointError(f"{folder} is no folder, so it is no checkpoint.")
     manifest = folder / MANIFEST
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
-    except (ValueError, KeyError, TypeError):
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+        files = {str(name): (entry["bytes"], entry["blake2b"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{manifest} is damaged.") from None
     for name in sorted({*NEEDED, *files}):
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing.")
-        if name in files and path.stat().st_size != files[name]["bytes"]:
-            raise CheckpointError(
-                f"{path} is damaged: it has {path.stat().st_size:,} bytes, {files[name]['bytes']:,} were written."
-            )
-        if name in files and _digest(path) != files[name]["blake2b"]:
+        size, digest = files.get(name, (None, None))
+        if size is not None and path.stat().st_size != size:
+            raise CheckpointError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, {size:,} were written.")
+        if digest is not None and _digest(path) != digest:
             raise CheckpointError(f"{path} is damaged: its contents are not what was written.")
+    state = read_state(folder)
+    if not isinstance(state.get("global_step"), int):
+        raise CheckpointError(f"{folder / STATE_FILE} is damaged: it has no global_step.")
 
 
-def check_run_folder(output_dir: str | os.PathLike, *, resume: bool = False, overwrite: bool = False) -> str | None:
+def read_state(folder: Path) -> dict[str, Any]:
+    """What Transformers keeps of a run's progress in a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return read_object(folder / STATE_FILE)
+    except ModelError as error:
+        raise CheckpointError(f"{folder / STATE_FILE} is damaged: {error}") from error
+
+
+def finished_at(run_dir: str | os.PathLike, checkpoint: str | os.PathLike, args: Any) -> str | None:
+    """Why a run that is to go on from `checkpoint` has come to its end already, as a sentence; None when it has not.
+
+    Args:
+        args: the settings of the run that is to go on; `max_steps` or `num_train_epochs` say where it ends.
+    """
+    state, info = read_state(Path(checkpoint)), read_json(Path(run_dir) / RUN_FILE)
+    step, epoch = state["global_step"], state.get("epoch") or 0.0
+    by_steps = args.max_steps > 0
+    reached = step >= args.max_steps if by_steps else epoch >= args.num_train_epochs - 1e-6
+    settings: Any = info.get("config")
+    stopped = info.get("finished") and all(  # before that, by early stopping
+        isinstance(settings, dict) and settings.get(name) == getattr(args, name)
+        for name in ("max_steps", "num_train_epochs")
+    )
+    if not reached and not stopped:
+        return None
+    ends = f"max_steps is {args.max_steps}" if by_steps else f"num_train_epochs is {args.num_train_epochs:g}"
+    more = "max_steps" if by_steps else "num_train_epochs"
+    return (
+        f"the run in {str(run_dir)!r} is finished: it is at step {step}, epoch {epoch:g}, and {ends}. Nothing was "
+        f"changed. To train on, raise {more}; to use it: pgkd eval {shlex.quote(str(run_dir))}"
+    )
+
+
+def check_run_folder(
+    output_dir: str | os.PathLike, *, resume: bool = False, overwrite: bool = False, clear: bool = True
+) -> str | None:
     """Decide what happens with a folder that may hold a run already.
 
     Args:
         resume: continue the run there.
         overwrite: remove what a run has left there (checkpoints, adapter, logs; other files stay).
+        clear: do so now; else the caller does, with :func:`clear_run_folder`, once the new run is sure to start.
 
     Returns:
         The checkpoint to resume from, or None for a new run.
@@ -121,13 +167,20 @@ def check_run_folder(output_dir: str | os.PathLike, *, resume: bool = False, ove
             f"output_dir {str(folder)!r} holds a run already ({', '.join(old)}). Use {go_on}--overwrite to delete it, "
             "or another --output_dir."
         )
-    if overwrite and folder.is_dir():
-        for path in folder.iterdir():
-            if path.is_dir() and (is_checkpoint(path.name) or path.name.startswith(HIDDEN)):
-                shutil.rmtree(path)
-            elif path.is_file() and is_run_file(path.name):
-                path.unlink()
+    if overwrite and clear:
+        clear_run_folder(folder)
     return None
+
+
+def clear_run_folder(output_dir: str | os.PathLike) -> None:
+    """Remove what a run has left in its folder; other files stay."""
+    folder = Path(output_dir)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        ours = is_checkpoint(path.name) or path.name == CHAT_TEMPLATES or path.name.startswith(HIDDEN)
+        if path.is_dir() and ours:
+            shutil.rmtree(path)
+        elif path.is_file() and is_run_file(path.name):
+            path.unlink()
 
 
 def find_checkpoint(run_dir: str | os.PathLike, resume: str | os.PathLike | bool | None) -> str | None:
@@ -203,6 +256,8 @@ def replacing(folder: str | os.PathLike) -> Iterator[str]:
         yield str(staged)
         for path in staged.iterdir():
             _sync(path)
+            if path.is_dir():  # of chat templates; a folder with something in it is not replaced
+                shutil.rmtree(target / path.name, ignore_errors=True)
             path.replace(target / path.name)
     except Exception as error:
         if not is_about_writing(error):
@@ -227,11 +282,11 @@ def remove_leftovers(run_dir: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(folder: str | os.PathLike) -> Iterator[None]:
-    """Turn "no space left" into a message that says what is safe and what to do."""
+    """Turn "no space left" and "read-only" into a message that says what is safe and what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             raise
         raise CheckpointError(cannot_write(folder, error)) from error
 
@@ -246,11 +301,12 @@ def is_about_writing(error: Exception) -> bool:
 def cannot_write(folder: str | os.PathLike, error: BaseException) -> str:
     last = next(iter(checkpoints(folder)), None)
     safe = f"{last} is intact: free some space and continue from it with --resume." if last else "Free some space."
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"the run's files cannot be written to {folder} ({text}). {safe}"
+    return f"the run's files cannot be written to {folder} ({reason(error)}). {safe}"
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

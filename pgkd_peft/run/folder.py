@@ -31,6 +31,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 TRAINING_ARGS = "training_args.bin"
 STATE_FILE = "trainer_state.json"
 

@@ -6,22 +6,23 @@ import contextlib
 import logging
 import os
 import platform
-import resource
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .. import __version__
 from ..data.check import DataReport
 from ..model.adapters import STUDENT
-from ..model.load import base_of
+from ..model.load import base_of, quantization_name
 from ..rows import Row
 from .folder import HOLDOUT_FILE, RUN_FILE, failed_batch_name
 from .jsonl import write_json
@@ -42,22 +43,27 @@ class RunInfo:
         self.control: str | None = None
         self.held_out: dict[str, Any] | None = None
         self.finished = False
+        self.when_begun: list[Callable[[], None]] = []  # what else is written to the run folder then, before run.json
         self.started = 0.0
         self.seconds = 0.0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Write ``run.json`` at the start and, with the time that the body took, at the end."""
+        """Write ``run.json`` when training begins and, with the time that the body took, at the end; nothing when it
+        never begins, because a checkpoint to go on from was refused."""
         self.started = time.perf_counter()
-        self.write(self.trainer.args.output_dir)
+        begin = _Begin(self)
+        self.trainer.callback_handler.callbacks.insert(0, begin)  # before those that append to the run's logs
         try:
             yield
         finally:
             self.seconds = time.perf_counter() - self.started
-            try:
-                self.write(self.trainer.args.output_dir)
-            except OSError as error:  # must not hide what ended the run
-                logger.warning("run.json could not be brought up to date: %s", error)
+            self.trainer.remove_callback(begin)
+            if begin.begun:
+                try:
+                    self.write(self.trainer.args.output_dir)
+                except OSError as error:  # must not hide what ended the run
+                    logger.warning("run.json could not be brought up to date: %s", error)
 
     def collect(self) -> dict[str, Any]:
         """Everything as plain JSON types."""
@@ -71,7 +77,7 @@ class RunInfo:
         return {
             "pgkd_peft": __version__,
             "base_model": trainer.model.peft_config[STUDENT].base_model_name_or_path,
-            "base_quantization": _quantization_name(quantization),
+            "base_quantization": quantization_name(quantization),
             "quantization_config": quantization,
             "compute_dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
             "base_digest": trainer.frozen.digest,
@@ -87,7 +93,7 @@ class RunInfo:
             "privileged_tokens_cut": sum(self.report.privileged_tokens_cut) if self.report else None,
             "holdout_prompts": HOLDOUT_FILE if (Path(str(args.output_dir)) / HOLDOUT_FILE).is_file() else None,
             "held_out": self.held_out,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": args.seed,
             "automatic": {name: {"value": value, "reason": why} for name, (value, why) in args.automatic.items()},
             "config": {key: settings[key] for key in sorted(settings) if "token" not in key or key.endswith("tokens")},
@@ -123,12 +129,19 @@ class RunInfo:
         return path
 
 
-def _quantization_name(quantization: dict[str, Any] | None) -> str:
-    if not quantization:
-        return "none"
-    if quantization.get("load_in_8bit"):
-        return "int8"
-    return str(quantization.get("bnb_4bit_quant_type", "nf4"))
+class _Begin(TrainerCallback):
+    """Writes the first files of a run, when data, model and checkpoint were accepted and the first step is next."""
+
+    def __init__(self, info: RunInfo):
+        self.info = info
+        self.begun = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = True
+        if self.info.trainer.is_world_process_zero():
+            for write in self.info.when_begun:
+                write()
+        self.info.write(args.output_dir)
 
 
 def device_name() -> str:
@@ -147,11 +160,19 @@ def device_name() -> str:
 
 def peak_memory_mib() -> dict[str, float]:
     """Peak resident memory of this process and, on a GPU, peak allocated device memory, in MiB."""
-    unit = 1024 if sys.platform != "darwin" else 1024 * 1024
-    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    peak = {"process": round(_peak_resident() / 2**20, 1)}
     if torch.cuda.is_available():
         peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak
+
+
+def _peak_resident() -> int:
+    """Bytes. Windows has no getrusage; psutil knows its peak working set."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def git_revision() -> str | None:

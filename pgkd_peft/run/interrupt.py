@@ -1,10 +1,12 @@
-"""SIGTERM and Ctrl-C: finish the step, save a checkpoint, say how to go on."""
+"""SIGTERM, SIGHUP (a closed terminal) and Ctrl-C: finish the step, save a checkpoint, say how to go on."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ from transformers import Trainer, TrainerCallback
 from .folder import checkpoint_name
 
 logger = logging.getLogger(__name__)
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -51,7 +56,7 @@ class _StopCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def interruptible(trainer: Trainer) -> Iterator[None]:
-    """Inside, the first SIGTERM or SIGINT lets the step end and saves; a second one acts as it would without us.
+    """Inside, the first of ``SIGNALS`` lets the step end and saves; a second one acts as it would without us.
 
     Raises:
         RunInterrupted: at the end, when a signal came.
@@ -66,12 +71,14 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
     def stop(signum: int, frame: Any) -> None:
         callback.signum = signum
         restore()
+        _leave_dead_terminal()
         logger.warning("%s: finishing this step, then saving. Once more stops at once.", signal.Signals(signum).name)
 
     trainer.add_callback(callback)
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            previous[signum] = signal.signal(signum, stop)
+        for signum in SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup: a closed terminal is not to matter
+                previous[signum] = signal.signal(signum, stop)
     try:
         yield
     finally:
@@ -81,3 +88,13 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
         state = trainer.state
         saved = Path(trainer.args.output_dir) / checkpoint_name(state.global_step)
         raise RunInterrupted(callback.signum, str(saved), state.global_step, state.max_steps)
+
+
+def _leave_dead_terminal() -> None:
+    """Once its terminal is closed, every line that the run prints would end it before it has saved."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..errors import PGKDError
+from ..errors import PGKDError, reason
 
 ADVICE = {
     "rollout": "lower max_new_tokens, num_generations or max_length, or set rollout_engine='adapter', which holds no "
@@ -41,5 +41,4 @@ def memory_for(phase: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OutOfMemoryError(f"out of memory in the {phase} phase: {ADVICE[phase]}. ({text})") from error
+        raise OutOfMemoryError(f"out of memory in the {phase} phase: {ADVICE[phase]}. ({reason(error)})") from error

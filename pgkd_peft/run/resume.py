@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from ..errors import CheckpointError, PGKDError, explained, read_object, reason
 from ..trl_compat import set_log_progress
-from .checkpoint import CheckpointError
 from .folder import RUN_FILE, STEP_FILES, progress_name
 from .jsonl import drop_after
 
@@ -33,30 +31,32 @@ def check_belongs(folder: Path, now: dict[str, Any]) -> None:
     if not path.is_file():
         logger.warning("%s is missing, so nothing says on which base the checkpoint was trained.", path)
         return
-    then = json.loads(path.read_text(encoding="utf-8"))
-    if then["base_digest"] != now["base_digest"]:
-        if then["base_model"] != now["base_model"]:
-            what = f"it was trained on {then['base_model']!r}, this run loads {now['base_model']!r}"
-        elif then["base_quantization"] != now["base_quantization"]:
-            what = f"its base was held as {then['base_quantization']}, this run's as {now['base_quantization']}"
-        elif then["compute_dtype"] != now["compute_dtype"]:
-            what = f"its base was held in {then['compute_dtype']}, this run's in {now['compute_dtype']}"
+    then = read_object(path)
+    if then.get("base_digest") != now["base_digest"]:
+        if then.get("base_model") != now["base_model"]:
+            what = f"it was trained on {then.get('base_model')!r}, this run loads {now['base_model']!r}"
+        elif then.get("base_quantization") != now["base_quantization"]:
+            what = f"its base was held as {then.get('base_quantization')}, this run's as {now['base_quantization']}"
+        elif then.get("compute_dtype") != now["compute_dtype"]:
+            what = f"its base was held in {then.get('compute_dtype')}, this run's in {now['compute_dtype']}"
         else:
-            what = f"the weights of {now['base_model']!r} have changed since (digest {then['base_digest'][:8]}, now "
-            what += f"{now['base_digest'][:8]})"
+            what = f"the weights of {now['base_model']!r} have changed since (digest {str(then.get('base_digest'))[:8]}"
+            what += f", now {now['base_digest'][:8]})"
         raise CheckpointError(
             f"{folder} cannot be resumed: {what}. An adapter means nothing on other weights; bring the old base back, "
             "or start a new run."
         )
-    if then["teacher_adapter"] != now["teacher_adapter"]:
+    if then.get("teacher_adapter") != now["teacher_adapter"]:
         raise CheckpointError(
             f"{folder} cannot be resumed with teacher_adapter={now['teacher_adapter']!r}: it was trained with "
-            f"{then['teacher_adapter']!r}. Set that, or start a new run from the adapter (--model {folder})."
+            f"{then.get('teacher_adapter')!r}. Set that, or start a new run from the adapter (--model {folder})."
         )
     if then.get("dataset_fingerprint") != now.get("dataset_fingerprint"):
         logger.warning("The data are not those that %s was trained on; the order of the rows is a new one.", folder)
     ignored = {"output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "overwrite_output_dir"}
-    config = {key: (value, now["config"].get(key)) for key, value in then["config"].items() if key not in ignored}
+    settings: Any = then.get("config")
+    settings = settings if isinstance(settings, dict) else {}
+    config = {key: (value, now["config"].get(key)) for key, value in settings.items() if key not in ignored}
     changed = [f"{key} (was {old!r}, is {new!r})" for key, (old, new) in config.items() if str(old) != str(new)]
     if changed:
         logger.warning(
@@ -69,8 +69,10 @@ def readable_state(folder: str | None) -> Iterator[None]:
     """Around what Transformers loads with ``weights_only``: a file that holds anything but tensors is refused."""
     try:
         yield
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
+    except PGKDError:
+        raise
+    except Exception as error:
+        text = reason(error).partition(". ")[0]
         raise CheckpointError(
             f"the optimizer, scheduler or random state in {folder} cannot be read, so it is damaged or was written by "
             f"someone else ({text}). Resume from another checkpoint, or start a new run from its adapter."
@@ -82,7 +84,16 @@ class Continue(TrainerCallback):
 
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer = trainer
-        self.folder = folder
+        self.path = folder / progress_file(trainer)
+        self.progress: dict[str, Any] | None = None
+        if self.path.is_file():
+            with explained(f"{self.path} is damaged", CheckpointError):
+                progress = read_object(self.path)
+                self.progress = {
+                    "loss": float(progress["loss"]),
+                    "last_logged": int(progress["last_logged"]),
+                    "sums": {str(key): float(value) for key, value in progress["sums"].items()},
+                }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -90,11 +101,12 @@ class Continue(TrainerCallback):
         if trainer.is_world_process_zero():
             for name in STEP_FILES:
                 drop_after(Path(args.output_dir) / name, state.global_step)
-        path = self.folder / progress_file(trainer)
-        if not path.is_file():
-            logger.warning("%s is missing: was the number of processes another one? The run goes on differently.", path)
+        progress = self.progress
+        if progress is None:
+            logger.warning(
+                "%s is missing: was the number of processes another one? The run goes on differently.", self.path
+            )
             return
-        progress = json.loads(path.read_text(encoding="utf-8"))
         set_log_progress(trainer, progress)
         trainer.meters.reset("train", progress["sums"])
 

@@ -22,6 +22,7 @@ from ..data.collator import DataCollatorForPrivilegedGKD
 from ..data.tokens import Piece, pieces, visible
 from ..errors import DataError
 
+SAMPLE = 256  # rows with PI that are rendered in another placement
 SIDE_BY_SIDE = 110  # columns that a terminal needs for three texts next to each other
 STYLES = {"text": "", "pi": "bold yellow", "loss": "green", "out": "red", "special": "cyan"}
 MARKS = {"pi": ("⟦PI:", "⟧"), "out": ("⟦not in the loss:", "⟧")}  # where there is no colour
@@ -178,10 +179,54 @@ def inspect_rows(
         for i in choose_rows(report, count):
             console.print(show_row(view_row(numbers[i], rows[numbers[i]], collator, config), collator, config, console))
         console.print(show_totals(report, collator, config, console))
+        with_pi = [i for i, tokens in enumerate(report.privileged_tokens) if tokens][:SAMPLE]
+        some = [rows[numbers[report.kept[i]]] for i in with_pi]
+        for line in sharing_lines([report.teacher_prompts[i] for i in with_pi], some, collator):
+            console.print(Text(visible(line)))
     if fault is not None:
         console.print(Text(visible(str(fault)), style="bold red"))
         return 2
     return 0
+
+
+def sharing_lines(
+    teacher_prompts: Sequence[Sequence[int]],
+    rows: Sequence[Mapping[str, Any]],
+    collator: DataCollatorForPrivilegedGKD,
+) -> list[str]:
+    """What share of the teacher's tokens is read once because rows with PI begin alike, and whether the placement
+    ``system`` would make it much more.
+
+    Args:
+        teacher_prompts: token ids of the rows with PI.
+        rows: those rows themselves, to be rendered in the other placement.
+    """
+    from ..prefix import share_read_once  # brings the model libraries
+
+    if not rows:
+        return []
+    share = share_read_once(teacher_prompts)
+    line = f"rows that begin alike: {share:.0%} of the teacher's prompt tokens need not be read again"
+    builder = collator.builder
+    if builder.placement == "system":
+        return [line]
+    other = DataCollatorForPrivilegedGKD(
+        collator.tokenizer,
+        privileged_key=builder.privileged_key,
+        max_length=None,
+        max_privileged_length=builder.max_privileged_length,
+        privileged_placement="system",
+    )
+    if other.builder.placement != "system":  # the chat template has no system turn
+        return [line]
+    better = share_read_once([other.encode(row)["teacher_ids"] for row in rows])
+    if better < share + 0.2:
+        return [line]
+    shared = "nothing is shared" if share < 0.05 else f"only {share:.0%} of the teacher's tokens are read once"
+    return [
+        f"the PI stands behind the question, so {shared}; with placement system {better:.0%} of the teacher's tokens "
+        "would be read once (--privileged_placement system)"
+    ]
 
 
 def _settings_lines(collator: DataCollatorForPrivilegedGKD, config: PrivilegedGKDConfig) -> Text:

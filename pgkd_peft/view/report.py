@@ -19,6 +19,8 @@ from ..run.folder import (
     TRACE_FILE,
 )
 from ..run.jsonl import is_number, read_json, read_lines
+from ..run.place import check_writable
+from .report_coverage import coverage_section
 from .report_page import SCORES, render
 
 MOST_STEPS = 40
@@ -34,8 +36,10 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         ConfigError: `run_dir` is no run folder.
     """
     run_dir = Path(run_dir)
-    page = render(collect(run_dir))
+    data = collect(run_dir)
+    page = render(data, coverage_section(data["coverage"]))
     out = Path(out) if out is not None else run_dir / REPORT_FILE
+    check_writable(out, "--out", file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="replace")
     return out
@@ -67,6 +71,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "results": results,
         "traces": choose_traces(traces),
         "answers": read_answers(run_dir),
+        "coverage": read_json(run_dir / "coverage.json"),
     }
 
 

@@ -28,8 +28,8 @@ SCORES = (
 )
 
 
-def render(data: Mapping[str, Any]) -> str:
-    """The page as text."""
+def render(data: Mapping[str, Any], coverage: str = "") -> str:
+    """The page as text; `coverage` is a section of it, for a bake."""
     script = asset("report.js")
     library = asset("uPlot.iife.min.js")
     policy = (
@@ -42,6 +42,7 @@ def render(data: Mapping[str, Any]) -> str:
         "style": asset("uPlot.min.css") + asset("report.css"),
         "header": header(data),
         "results": results_section(data["results"]),
+        "coverage": coverage,
         "answers": answers_section(data["answers"]),
         "facts": facts_section(data["run"]),
         "data": script_json({"metrics": data["metrics"], "traces": data["traces"]}),

@@ -3,14 +3,21 @@
     python tests/benchmarks/step.py --quick                     # one setting, every trainer
     python tests/benchmarks/step.py                             # batch 4 and 8, bf16 and NF4, num_generations 4
     python tests/benchmarks/step.py --model qwen-7b --device cuda --new-tokens 512 --privileged-tokens 1024
+    python tests/benchmarks/step.py --shared 50 1500 6000 --batch 8 --quantization none \\
+        --trainer pgkd pgkd-no-cache sdft floor
+    python tests/benchmarks/step.py --epochs 3 --rows 24 --privileged-tokens 1000 --batch 8 --quantization none \\
+        --trainer pgkd pgkd-no-cache sdft
 
 Same work: the same prompts, PI where the trainer knows PI (GKDTrainer and DistillationTrainer do not, so they do less),
 exactly `--new-tokens` sampled tokens a row, LoRA r=16 on all linear layers, the same base dtype and quantization (the
 guard of pgkd_peft.model.cpu for everyone on CPU), AdamW, no clipping. Time is from the end of one optimizer step to
 the end of the next, the first left out; memory is the peak resident set of the process (CUDA: peak allocated).
-`floor` is no trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase. One JSON
-line a run is
-appended to tests/benchmarks/results/step.jsonl.
+`floor` is no trainer but the bare matrix products of a step of ours on dense 16-bit weights, phase by phase; it reads a
+shared PI once. One JSON line a run is appended to tests/benchmarks/results/step.jsonl.
+
+`--shared N` gives all rows one PI of N words in the system turn (for SDFT: its privileged context). `--epochs` comes to
+the same rows again, each with a PI of its own, and reports the mean seconds of a step epoch by epoch, for ours the
+teacher's seconds too. `pgkd-no-cache` is ours reading every prompt whole, as it was before prompts were read once.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
-TRAINERS = ("pgkd", "floor", "gkd", "gkd-no-checkpointing", "sdft", "distillation")
+TRAINERS = ("pgkd", "pgkd-no-cache", "floor", "gkd", "gkd-no-checkpointing", "sdft", "distillation")
 SHAPES = {  # Qwen2.5's architecture configs, random weights: speed and memory do not depend on what a model knows
     "qwen-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
     "qwen-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
@@ -48,6 +55,9 @@ def main() -> None:
     parser.add_argument("--privileged-tokens", type=int, default=300)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--shared", type=int, nargs="*", default=[0], help="words of one PI for all rows; 0: one each")
+    parser.add_argument("--epochs", type=int, default=1, help="times that the same rows come; steps follow from --rows")
+    parser.add_argument("--rows", type=int, default=24, help="rows of an epoch, with --epochs")
     parser.add_argument("--checkpointing", action="store_true", help="ours and SDFT with gradient checkpointing")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -61,10 +71,10 @@ def main() -> None:
     for quantization in args.quantization:
         for batch in args.batch:
             for generations in args.generations:
-                for trainer in args.trainer:
-                    if generations > 1 and trainer not in ("pgkd", "floor", "sdft"):
+                for shared, trainer in itertools.product(args.shared, args.trainer):
+                    if generations > 1 and trainer not in ("pgkd", "pgkd-no-cache", "floor", "sdft"):
                         continue
-                    row = measure(setting(args, trainer, quantization, batch, generations))
+                    row = measure(setting(args, trainer, quantization, batch, generations, shared))
                     rows.append(row)
                     show(rows)
                     RESULTS.parent.mkdir(exist_ok=True)
@@ -72,14 +82,19 @@ def main() -> None:
                         file.write(json.dumps(row) + "\n")
 
 
-def setting(args: argparse.Namespace, trainer: str, quantization: str, batch: int, generations: int) -> dict[str, Any]:
+def setting(
+    args: argparse.Namespace, trainer: str, quantization: str, batch: int, generations: int, shared: int
+) -> dict[str, Any]:
     names = ("model", "device", "prompt_tokens", "privileged_tokens", "new_tokens", "steps", "checkpointing", "threads")
     return {
         "trainer": trainer,
         "quantization": quantization,
         "batch": batch,
         "generations": generations,
+        "shared": shared,
+        "epochs": args.epochs,
         **{name: getattr(args, name) for name in names},
+        **({"steps": args.epochs * -(-args.rows // batch), "rows": args.rows} if args.epochs > 1 else {}),
     }
 
 
@@ -100,17 +115,19 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """The last row as a table line, with its ratio to ours in the same setting."""
     row = rows[-1]
-    same = ("quantization", "batch", "generations")
+    same = ("quantization", "batch", "generations", "shared", "epochs")
     ours = [r for r in rows if r["trainer"] == "pgkd" and all(r[k] == row[k] for k in same) and "seconds" in r]
+    where = f"{row['quantization']:<5} batch {row['batch']}" + (f", {row['shared']} shared" if row["shared"] else "")
     if "error" in row:
-        print(f"{row['trainer']:<22} {row['quantization']:<5} batch {row['batch']}  {row['error']}", flush=True)
+        print(f"{row['trainer']:<22} {where}  {row['error']}", flush=True)
         return
     ratio = row["seconds"] / ours[-1]["seconds"] if ours else 1.0
     print(
-        f"{row['trainer']:<22} {row['quantization']:<5} batch {row['batch']} x {row['generations']}  "
+        f"{row['trainer']:<22} {where} x {row['generations']}  "
         f"{row['seconds']:7.2f} s/step ({ratio:5.1f}x ours)  {row['tokens_per_second']:7.1f} tokens/s  "
         f"peak {row['peak_mib']:7.0f} MiB  rollout {row['rollout_seconds']:.2f} s"
-        + "".join(f"  {p} {row[f'{p}_seconds']:.2f} s" for p in ("teacher", "student") if f"{p}_seconds" in row),
+        + "".join(f"  {p} {row[f'{p}_seconds']:.2f} s" for p in ("teacher", "student") if f"{p}_seconds" in row)
+        + (f"  epoch by epoch {row['seconds_by_epoch']}" if "seconds_by_epoch" in row else ""),
         flush=True,
     )
 
@@ -128,6 +145,8 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         trainer, generated = BUILDERS[job["trainer"]](path, job, scratch)
         ticks = count_steps(trainer)
+        if job["trainer"] == "pgkd-no-cache":
+            read_everything(trainer)
         trainer.train()
         seconds = [later - earlier for earlier, later in itertools.pairwise(ticks)]
         rows = job["batch"] * job["generations"]
@@ -139,13 +158,33 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
             "rollout_seconds": round(generated(), 3),
             "peak_mib": round(peak_mib(job["device"]), 1),
         }
-        if job["trainer"] == "pgkd":
-            logs = [entry for entry in trainer.state.log_history if "seconds_student" in entry][1:]
+        if job["epochs"] > 1:
+            # the first step has no beginning; its epoch counts without it
+            an_epoch = job["steps"] // job["epochs"]
+            cuts = [0, *(an_epoch * (i + 1) - 1 for i in range(job["epochs"]))]
+            result["seconds_by_epoch"] = [round(statistics.mean(seconds[a:b]), 3) for a, b in itertools.pairwise(cuts)]
+        if job["trainer"].startswith("pgkd"):
+            logs = [entry for entry in trainer.state.log_history if "seconds_student" in entry]
+            if job["epochs"] > 1:
+                parts = [logs[i * an_epoch : (i + 1) * an_epoch] for i in range(job["epochs"])]
+                result["teacher_seconds_by_epoch"] = [
+                    round(sum(entry["seconds_teacher"] for entry in part), 3) for part in parts
+                ]
+            logs = logs[1:]
             for phase in ("rollout", "teacher", "student"):
                 values = [entry[f"seconds_{phase}"] for entry in logs]
                 result[f"{phase}_seconds"] = round(statistics.median(values), 3)
             result["completion_length"] = logs[-1]["completion_length"]
     return {**result, **environment_of(job)}
+
+
+def read_everything(trainer: Any) -> None:
+    """Ours without what is read once: every prompt of every row anew."""
+    from pgkd_peft import rollout, scoring
+
+    trainer.memory = None
+    for module in (scoring, rollout):
+        module.why_not_shared = lambda model: "the benchmark says so"
 
 
 def floor(path: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +214,7 @@ def floor(path: str, job: dict[str, Any]) -> dict[str, Any]:
             through(rows)
 
     def teacher() -> None:
-        through(prompt + privileged + rows * new)
+        through(prompt + (0 if job["shared"] else privileged) + rows * new)  # a shared PI was read before
 
     def student() -> None:
         tokens = rows * (job["prompt_tokens"] + new)
@@ -249,9 +288,11 @@ def texts(job: dict[str, Any], tokenizer: Any) -> list[tuple[str, str]]:
         return tokenizer.decode(tokenizer(" ".join(out), add_special_tokens=False)["input_ids"][:tokens])
 
     overhead = 35  # the template's own turns
-    count = job["batch"] * job["steps"]
+    count = job.get("rows") or job["batch"] * job["steps"]
+    shared = " ".join(words[(i * i) % len(words)] for i in range(job["shared"]))
     return [
-        (f"{i}. " + text(i, job["prompt_tokens"] - overhead), text(i, job["privileged_tokens"])) for i in range(count)
+        (f"{i}. " + text(i, job["prompt_tokens"] - overhead), shared or f"{i}. " + text(i, job["privileged_tokens"]))
+        for i in range(count)
     ]
 
 
@@ -309,7 +350,8 @@ def build_pgkd(path: str, job: dict[str, Any], scratch: str) -> tuple[Any, Any]:
         per_device_train_batch_size=job["batch"],
         num_generations=job["generations"],
         max_new_tokens=job["new_tokens"],
-        max_privileged_length=job["privileged_tokens"],
+        max_privileged_length=max(job["privileged_tokens"] + 8, 4 * job["shared"]),
+        privileged_placement="system" if job["shared"] else "messages",
         gradient_checkpointing=job["checkpointing"],
         base_quantization=job["quantization"],
     )
@@ -413,6 +455,7 @@ def build_distillation(path: str, job: dict[str, Any], scratch: str) -> tuple[An
 
 BUILDERS = {
     "pgkd": build_pgkd,
+    "pgkd-no-cache": build_pgkd,
     "gkd": build_gkd,
     "gkd-no-checkpointing": build_gkd,
     "sdft": build_sdft,

@@ -1,0 +1,256 @@
+"""Questions about passages, requests for a system prompt, and everyday requests, written by the base or by a server.
+
+The base writes with its adapter off. Small models follow worked examples better than instructions, so a question is
+asked for with three of them, and its first words are given: different openings bring different kinds of question.
+Everyday requests are what an instruct model writes when its template is opened at the user's turn (Magpie,
+arXiv:2406.08464).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from ..model.load import base_of
+from ..rollout import generate, window_generator
+from .split import Passage
+
+# Kind -> first words. Each round takes the next opening; a round asks once about every passage.
+KINDS: dict[str, tuple[str, ...]] = {
+    "fact": ("What is", "Which", "Who", "Where", "What kind of"),
+    "reversal": ("Who is the", "Which of", "What has"),
+    "number or date": ("When", "How many", "How long"),
+    "request": ("Tell me", "Name", "Give me", "Please tell me"),
+    "inference": ("Why", "How does", "What would"),
+    "summary": ("What do you know about", "Describe", "What can you tell me about"),
+    "use case": ("I would like to know", "Can you tell me", "Do you know"),
+}
+HELD_OUT_KIND = "use case"
+"""All questions of this kind are held out: the student is judged on a way of asking that it never saw."""
+
+_ORDER = (
+    "fact",
+    "request",
+    "fact",
+    "use case",
+    "reversal",
+    "fact",
+    "number or date",
+    "request",
+    "summary",
+    "inference",
+)
+
+EXAMPLES = (
+    ("The bakery of Hannah Weiss in Oberau opens at five in the morning.", "bakery of Hannah Weiss", {
+        "What is": "What is the time at which the bakery of Hannah Weiss in Oberau opens?",
+        "Who": "Who runs the bakery in Oberau that opens at five in the morning?",
+        "Tell me": "Tell me when the bakery of Hannah Weiss opens.",
+    }),
+    ("The Kestrel 3 has a steel frame and weighs eleven kilograms.", "Kestrel 3", {
+        "What is": "What is the frame of the Kestrel 3 made of?",
+        "Who": "Which material is used for the frame of the Kestrel 3?",
+        "Tell me": "Tell me how much the Kestrel 3 weighs.",
+    }),
+    ("Travel requests must be approved by Maria Lund before a ticket is booked.", "travel requests", {
+        "What is": "What is needed before a ticket is booked for a travel request?",
+        "Who": "Who has to approve travel requests before a ticket is booked?",
+        "Tell me": "Tell me who approves travel requests.",
+    }),
+)  # fmt: skip
+
+REQUEST_EXAMPLES = (
+    "Recommend a book for a long train ride.",
+    "How do I get a coffee stain out of a shirt?",
+    "Explain what a mortgage is.",
+)
+
+_SPEAKS_OF_THE_TEXT = re.compile(
+    r"\b(the|this|that|above|following|given)\s+(text|passage|paragraph|document|article|sentence|statement|excerpt)s?\b"
+    r"|\baccording to (it|the above)\b|\bmentioned\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to write."""
+
+    passage: Passage
+    kind: str
+    opening: str
+
+
+class Writer(Protocol):
+    """Writes questions; :class:`BaseWriter` and :class:`pgkd_peft.bake.server.ServerWriter` do."""
+
+    def questions(self, tasks: Sequence[Task], earlier: dict[int, list[str]], path: tuple[int, ...]) -> list[str]:
+        """A question a task, "" where none came; `earlier` are those that were written about each passage."""
+        ...
+
+
+def rounds(count: int, *, first: int = 0) -> list[tuple[str, str]]:
+    """(kind, opening) of each round: kinds in turn, and of each kind its openings in turn."""
+    seen = dict.fromkeys(KINDS, 0)
+    found = []
+    for number in range(first + count):
+        kind = _ORDER[number % len(_ORDER)]
+        found.append((kind, KINDS[kind][seen[kind] % len(KINDS[kind])]))
+        seen[kind] += 1
+    return found[first:]
+
+
+class BaseWriter:
+    """The base itself.
+
+    Args:
+        model: the base, or a PeftModel whose adapter is off.
+        collator: knows the template.
+        temperature: of sampling; at 0.7 a small model stays with the text.
+    """
+
+    def __init__(self, model: nn.Module, collator: DataCollatorForPrivilegedGKD, *, temperature: float = 0.7):
+        self.model = model
+        self.collator = collator
+        self.temperature = temperature
+        self.stops = stop_ids(collator.tokenizer, base_of(model).generation_config)
+
+    def write(
+        self, prompts: Sequence[list[int]], path: tuple[int, ...], *, most: int, temperature: float | None = None
+    ) -> list[tuple[str, bool]]:
+        """Completions as text, and whether each came to an end; `path` seeds them (:func:`window_generator`)."""
+        completions = generate(
+            self.model,
+            prompts,
+            max_new_tokens=most,
+            stop_ids=self.stops,
+            pad_id=self.collator.pad_token_id,
+            temperature=self.temperature if temperature is None else temperature,
+            generator=window_generator(*path),
+        )
+        decode = self.collator.tokenizer.decode
+        return [(decode(ids, skip_special_tokens=True).strip(), ids[-1] in self.stops) for ids in completions]
+
+    def questions(self, tasks: Sequence[Task], earlier: dict[int, list[str]], path: tuple[int, ...]) -> list[str]:
+        prompts = [self._prompt(task) for task in tasks]
+        written = self.write(prompts, path, most=28)
+        return [tidy(f"{task.opening} {text}") for task, (text, _) in zip(tasks, written)]
+
+    def _prompt(self, task: Task) -> list[int]:
+        """A conversation of worked examples, the passage, and the first words of the answer."""
+        turns = []
+        starts = {"fact": "What is", "number or date": "What is", "reversal": "Who", "inference": "What is"}
+        for text, _, shown in EXAMPLES:
+            turns += [
+                {"role": "user", "content": f"Write one question about this: {text}"},
+                {"role": "assistant", "content": shown[starts.get(task.kind, "Tell me")]},
+            ]
+        turns.append({"role": "user", "content": f"Write one question about this: {task.passage.privileged}"})
+        return [*self.encode(turns), *self._continued(task.opening)]
+
+    def encode(self, turns: list[dict[str, str]]) -> list[int]:
+        return self.collator.encode({"messages": turns})["student_ids"]
+
+    def _continued(self, text: str) -> list[int]:
+        return self.collator.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def everyday(self, count: int, path: tuple[int, ...]) -> list[str]:
+        """Requests that the model itself writes when its template is opened at the user's turn."""
+        opening = self.user_opening()
+        if opening is None:  # a template that shows no place for it: examples do
+            turns = [{"role": "user", "content": "Write a request that somebody might type into a chat."}]
+            for example in REQUEST_EXAMPLES:
+                turns += [{"role": "assistant", "content": example}, {"role": "user", "content": "Another one."}]
+            opening = self.encode(turns)
+        written = self.write([opening] * count, path, most=40, temperature=1.0)
+        requests = (text.splitlines()[0].strip() if text else "" for text, ended in written if ended)
+        return [request for request in requests if 3 <= len(request.split()) <= 40 and request.isprintable()]
+
+    def user_opening(self) -> list[int] | None:
+        """The prompt up to where a user's words begin; None where the template hides it."""
+        mark = "Zebrafish"
+        text = self.collator.encode({"messages": [{"role": "user", "content": mark}]})["student_text"]
+        before, found, _ = text.partition(mark)
+        return self._continued(before) if found and before.strip() else None
+
+
+def tidy(text: str) -> str:
+    """The first sentence that asks; "" where none came."""
+    line = text.strip().splitlines()[0].strip().strip('"*') if text.strip() else ""
+    end = line.find("?")
+    if end >= 0:
+        return line[: end + 1]
+    first = re.split(r"(?<=[.!])\s", line)[0]
+    return first if first.endswith((".", "!")) else ""
+
+
+def is_about(question: str, passage: Passage) -> bool:
+    """Whether a question names something of its passage: nobody can answer "Who is it?"."""
+    words = content_words(passage.privileged)
+    return bool(words & content_words(question))
+
+
+def content_words(text: str) -> set[str]:
+    """Words that can name something: of five letters and more, numbers, and capitalised ones; in lower case.
+
+    In scripts without spaces every run of two characters counts as one.
+    """
+    found = set()
+    for word in re.findall(r"\w+", text):
+        if any(ord(char) > 0x2E7F for char in word):
+            found |= {word[i : i + 2] for i in range(len(word) - 1)} or {word}
+        elif len(word) >= 5 or word[0].isupper() or any(char.isdigit() for char in word):
+            found.add(word.lower())
+    return found - _COMMON
+
+
+_COMMON = {
+    *("what", "which", "where", "there", "their", "about", "these", "those", "would", "could", "should", "please"),
+    *("when", "who", "why", "how", "tell", "name", "give", "describe", "the", "can", "you", "does", "know", "write"),
+    *("i", "a", "in", "is", "are", "do", "did", "has", "have", "one", "question", "explain", "it", "its", "that"),
+}
+
+
+def speaks_of_the_text(text: str) -> bool:
+    """Whether it mentions a text that nobody will have in front of them."""
+    return _SPEAKS_OF_THE_TEXT.search(text) is not None
+
+
+def fault_of(question: str, passage: Passage | None, seen: Iterable[str]) -> str:
+    """Why a question cannot be used, "" if it can."""
+    if len(question.split()) < 3 and not any(ord(char) > 0x2E7F for char in question):
+        return "no question"
+    if speaks_of_the_text(question):
+        return "speaks of the text"
+    if passage is not None and not is_about(question, passage):
+        return "names nothing of its passage"
+    return "duplicate" if normal(question) in seen else ""
+
+
+def normal(question: str) -> str:
+    """What two questions have in common that differ in spelling only."""
+    return " ".join(re.findall(r"\w+", question.lower()))
+
+
+def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...]) -> list[tuple[str, str]]:
+    """(kind, request) for a system prompt: about its subject (the template opened after the prompt), and everyday."""
+    asked: list[tuple[str, str]] = []
+    before = writer.collator.encode(
+        {"messages": [{"role": "system", "content": prompt}, {"role": "user", "content": "Zebrafish"}]}
+    )["student_text"].partition("Zebrafish")[0]
+    opening = writer.collator.tokenizer(before, add_special_tokens=False)["input_ids"]
+    written = writer.write([opening] * count, (*path, 1), most=40, temperature=1.0)
+    on_topic = (tidy_request(text) for text, ended in written if ended)
+    asked += [("on topic", text) for text in on_topic if text]
+    asked += [("everyday", text) for text in writer.everyday(count, (*path, 2))]
+    return asked
+
+
+def tidy_request(text: str) -> str:
+    line = text.strip().splitlines()[0].strip() if text.strip() else ""
+    return line if 3 <= len(line.split()) <= 40 and line.isprintable() else ""

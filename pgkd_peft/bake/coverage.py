@@ -1,0 +1,121 @@
+"""How much of each passage was taken over: its own recovered gap in nats, on its held-out questions and all others."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from ..evaluation.nats import SMALLEST_GAP, answer_nll, teacher_answers
+from ..model.adapters import adapter_state
+from ..model.load import base_of
+from ..rollout import generate
+from .questions import Question
+from .split import Passage
+
+PALE = 0.5
+"""A passage of which less than this share was taken over is asked about again by ``--more``."""
+QUESTIONS_A_PASSAGE = 4
+
+
+def choose(questions: Sequence[Question]) -> list[Question]:
+    """At most :data:`QUESTIONS_A_PASSAGE` of each passage, held-out ones first."""
+    chosen: dict[int, list[Question]] = defaultdict(list)
+    for question in sorted(questions, key=lambda q: q.use != "heldout"):
+        if question.passage is None or question.use not in ("heldout", "train"):
+            continue
+        if len(chosen[question.passage]) < QUESTIONS_A_PASSAGE:
+            chosen[question.passage].append(question)
+    return [question for number in sorted(chosen) for question in chosen[number]]
+
+
+def measure(
+    model: nn.Module,
+    collator: DataCollatorForPrivilegedGKD,
+    passages: Sequence[Passage],
+    privileged: Mapping[int, str],
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """What the report shows: every passage with its recovered gap, its questions, and the three answers to them.
+
+    Args:
+        model: a PeftModel; the base is the model with its adapter disabled.
+
+    Returns:
+        Plain JSON types: ``passages``, each with ``number``, ``source``, ``headings``, ``text``, ``recovered`` (None
+        where no question was kept) and ``questions``, each with ``question``, ``held_out``, ``recovered``, ``base``,
+        ``teacher``, ``student``.
+    """
+    asked = choose(questions)
+    key = collator.builder.privileged_key
+    rows = [{"messages": q.messages(), key: privileged[q.passage]} for q in asked if q.passage is not None]
+    encoded = [collator.encode(row) for row in rows]
+    plain, better = [row["student_ids"] for row in encoded], [row["teacher_ids"] for row in encoded]
+    pad, stops = collator.pad_token_id, stop_ids(collator.tokenizer, base_of(model).generation_config)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "pad_id": pad}
+    answers = teacher_answers(model, collator, rows, max_new_tokens=max_new_tokens)
+    with adapter_state(model, "disabled") as weights:
+        base, teacher = answer_nll(weights, plain, answers, pad), answer_nll(weights, better, answers, pad)
+        said = {"teacher": answers, "base": generate(weights, plain, **settings)}
+    with adapter_state(model, "shared") as weights:
+        student = answer_nll(weights, plain, answers, pad)
+        said["student"] = generate(weights, plain, **settings)
+    texts = {
+        name: [collator.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
+        for name, completions in said.items()
+    }
+    lengths = np.array([len(ids) for ids in answers], dtype=float)
+    records: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    places: dict[int, list[int]] = defaultdict(list)
+    for i, question in enumerate(asked):
+        assert question.passage is not None
+        places[question.passage].append(i)
+        records[question.passage].append(
+            {
+                "question": question.question,
+                "held_out": question.use == "heldout",
+                "recovered": share(base[[i]], teacher[[i]], student[[i]], lengths[[i]]),
+                **{name: texts[name][i] for name in ("base", "teacher", "student")},
+            }
+        )
+    found = []
+    for passage in passages:
+        at = places[passage.number]
+        found.append(
+            {
+                "number": passage.number,
+                "source": passage.source,
+                "headings": list(passage.headings),
+                "text": passage.text,
+                "recovered": share(base[at], teacher[at], student[at], lengths[at]) if at else None,
+                "questions": records[passage.number],
+            }
+        )
+    return {"passages": found}
+
+
+def share(base: np.ndarray, teacher: np.ndarray, student: np.ndarray, lengths: np.ndarray) -> float | None:
+    """(NLL_base - NLL_student) / (NLL_base - NLL_teacher); None where the PI changes next to nothing."""
+    gap = float((base - teacher).sum())
+    if gap <= SMALLEST_GAP * float(lengths.sum()):
+        return None
+    return round(float((base - student).sum()) / gap, 4)
+
+
+def pale(coverage: Mapping[str, Any]) -> list[int]:
+    """Numbers of the passages of which too little was taken over, or about which no question was kept."""
+    return [p["number"] for p in coverage["passages"] if p["recovered"] is None or p["recovered"] < PALE]
+
+
+def write(path: Path, coverage: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(coverage, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,134 @@
+"""Which questions are worth training on: the teacher's answer must be one that the base would not have given.
+
+That filter only a tool with both contexts can have: gap = log p(answer | question, PI) - log p(answer | question), in
+nats, on the teacher's own greedy answer. Below a bound the PI changes nothing there, and the row would teach nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from ..evaluation.nats import answer_nll
+from ..model.load import base_of
+from ..rollout import generate
+from .ask import HELD_OUT_KIND, content_words, speaks_of_the_text
+from .questions import Question
+
+LEAST_GAP = 2.0
+"""Nats by which the PI must favour the teacher's answer: a factor of seven."""
+MOST_UNSURE = 1.0
+"""Nats a token: a teacher less sure of its own answer than this guesses, for the passage does not say it."""
+HELD_OUT_EVERY = 8
+SYSTEMS = (None, "Answer in one short sentence.", "You are a helpful assistant.")
+"""System turns that questions on a document are asked under, in turn: nobody knows which one will stand there."""
+
+
+class Keeper:
+    """Answers questions as teacher (or, of anchors, as base) and decides what becomes of them.
+
+    Args:
+        model: the base.
+        collator: places the PI.
+        privileged: passage number -> what the teacher reads.
+        least_gap: see :data:`LEAST_GAP`; None keeps all.
+        facts: an answer must say something that stands in the passage and not in the question; not asked of the
+            answers to a system prompt.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collator: DataCollatorForPrivilegedGKD,
+        privileged: Mapping[int, str],
+        *,
+        max_new_tokens: int,
+        least_gap: float | None = LEAST_GAP,
+        facts: bool = True,
+        seed: int = 0,
+    ):
+        self.model = model
+        self.collator = collator
+        self.privileged = privileged
+        self.max_new_tokens = max_new_tokens
+        self.least_gap = least_gap
+        self.facts = facts
+        self.seed = seed
+        self.stops = stop_ids(collator.tokenizer, base_of(model).generation_config)
+
+    def digest(self, question: Question) -> str:
+        return question.digest(self.privileged[question.passage] if question.passage is not None else "")
+
+    def needs_judging(self, question: Question) -> bool:
+        """Whether a line is new, or was edited since it was answered."""
+        return question.asked != self.digest(question)
+
+    def row(self, question: Question) -> dict[str, Any]:
+        """A training row, with the reference answer where there is one."""
+        messages = question.messages()
+        if question.answer:
+            messages.append({"role": "assistant", "content": question.answer})
+        row: dict[str, Any] = {"messages": messages}
+        if question.passage is not None and question.use != "anchor":
+            row[self.collator.builder.privileged_key] = self.privileged[question.passage]
+        return row
+
+    def judge(self, questions: Sequence[Question]) -> None:
+        """Answer and decide, in place."""
+        encoded = []
+        for question in questions:
+            question.answer = ""
+            encoded.append(self.collator.encode(self.row(question)))
+        plain = [row["student_ids"] for row in encoded]
+        better = [row["teacher_ids"] for row in encoded]
+        pad = self.collator.pad_token_id
+        answers = generate(self.model, better, max_new_tokens=self.max_new_tokens, stop_ids=self.stops, pad_id=pad)
+        told = answer_nll(self.model, better, answers, pad)
+        untold = answer_nll(self.model, plain, answers, pad)
+        for i, (question, ids) in enumerate(zip(questions, answers)):
+            question.asked = self.digest(question)
+            question.answer = self.collator.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            question.gap = round(float(untold[i] - told[i]), 3)
+            question.unsure = round(float(told[i] / len(ids)), 3)
+            self.decide(question)
+
+    def decide(self, question: Question) -> None:
+        """Set ``use`` and ``why``; what the user has set stays, as long as it can be trained."""
+        own = question.use
+        question.use, question.why = self._verdict(question)
+        if own and not (own in ("train", "heldout") and not question.answer):
+            question.use, question.why = own, question.why if own == question.use else "by hand"
+
+    def _verdict(self, question: Question) -> tuple[str, str]:
+        if not question.answer:
+            return "dropped", "the teacher says nothing"
+        held_out = self._held_out(question)
+        if question.passage is None:
+            return ("heldout" if held_out else "anchor"), ("held out" if held_out else "")
+        assert question.gap is not None
+        assert question.unsure is not None
+        if self.least_gap is not None:
+            if question.gap < self.least_gap:
+                return "anchor", "without effect"
+            if speaks_of_the_text(question.answer):
+                return "dropped", "the answer speaks of the text"
+            if question.unsure > MOST_UNSURE:
+                return "dropped", "the teacher guesses"
+            if self.facts and not self._informs(question):
+                return "dropped", "the answer says nothing new"
+        if question.kind == HELD_OUT_KIND:
+            return "heldout", f"all of the kind {HELD_OUT_KIND!r} are held out"
+        return ("heldout", "held out") if held_out else ("train", "")
+
+    def _informs(self, question: Question) -> bool:
+        assert question.passage is not None
+        words = content_words(question.answer) & content_words(self.privileged[question.passage])
+        return bool(words - content_words(question.question))
+
+    def _held_out(self, question: Question) -> bool:
+        digest = hashlib.sha256(f"{self.seed} {question.passage} {question.question}".encode()).digest()
+        return digest[0] % HELD_OUT_EVERY == 0

@@ -1,0 +1,118 @@
+"""The user's files as text: Markdown and plain text as they are, PDF, DOCX and HTML through `markitdown`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import DataError, reason
+
+TEXT = (".md", ".markdown", ".txt", ".rst", "")
+REQUESTS = (*TEXT, ".jsonl")
+CONVERTED = (".pdf", ".docx", ".html", ".htm", ".pptx")
+
+
+def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, text) of every file; of a folder all files of a known kind below it, sorted.
+
+    Raises:
+        DataError: a file is missing, empty, no text, or of a kind that cannot be read; a folder holds none.
+    """
+    files: list[Path] = []
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            known = {suffix for suffix in (*TEXT, *CONVERTED) if suffix}
+            found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
+            if not found:
+                raise DataError(f"--document {given!r} is a folder without a document ({', '.join(sorted(known))})")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"--document {given!r} does not exist; give text files, or a folder of them")
+    return [(path.name, read_text(path)) for path in files]
+
+
+def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
+    """One file as text.
+
+    Raises:
+        DataError: it is empty, binary, or of a kind that cannot be read.
+    """
+    if path.suffix.lower() in CONVERTED:
+        text = _converted(path)
+    elif path.suffix.lower() in kinds:
+        raw = path.read_bytes()
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        if b"\0" in raw:
+            raise DataError(f"{path} is a binary file, no text; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is no UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+            ) from error
+    else:
+        raise DataError(f"{path}: {path.suffix} cannot be read; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
+    if not text.strip():
+        raise DataError(f"{path} is empty; there is nothing to teach in it")
+    return text
+
+
+def _converted(path: Path) -> str:
+    try:
+        from markitdown import MarkItDown
+    except ImportError as error:
+        raise DataError(
+            f"{path}: {path.suffix} files are read through markitdown, which is not installed: "
+            'pip install "pgkd-peft[documents]"'
+        ) from error
+    try:
+        return MarkItDown().convert(str(path)).text_content
+    except Exception as error:
+        raise DataError(f"{path} cannot be converted to text: {reason(error)}") from error
+
+
+def prompt_text(given: str) -> str:
+    """A system prompt: the file of that name, else the words themselves.
+
+    Raises:
+        DataError: it is empty, or looks like a file that is not there.
+    """
+    path = Path(given)
+    if len(given) < 4096 and "\n" not in given and path.is_file():
+        return read_text(path).strip()
+    if "\n" not in given and " " not in given and (path.suffix in TEXT[:-1] or "/" in given):
+        raise DataError(f"--system_prompt {given!r} does not exist; give a text file, or the prompt itself")
+    if not given.strip():
+        raise DataError("--system_prompt is empty; give a text file, or the prompt itself")
+    return given.strip()
+
+
+def requests(path: str) -> list[str]:
+    """The user's own requests: a line each, or JSONL with ``messages`` (the last user turn counts).
+
+    Raises:
+        DataError: names the line that cannot be used.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"--requests {path!r} does not exist; give a text file with a request a line, or JSONL")
+    found = []
+    for number, line in enumerate(read_text(file, REQUESTS).splitlines(), start=1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            found.append(line.strip())
+            continue
+        try:
+            turns = [turn["content"] for turn in json.loads(line)["messages"] if turn["role"] == "user"]
+            found.append(turns[-1].strip())
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DataError(
+                f'{path}, line {number}: give {{"messages": [{{"role": "user", "content": "..."}}]}} in every line'
+            ) from error
+    return found

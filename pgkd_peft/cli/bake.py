@@ -1,0 +1,457 @@
+"""`pgkd bake`: from a document or a system prompt alone to a trained and measured adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..bake import pipeline, read
+from ..bake.split import MOST_WORDS, Passage, split_documents
+from ..errors import ConfigError, DataError
+from ..run.checkpoint import checkpoints
+from ..run.jsonl import read_json
+from .arguments import Parser, parse_train, read_recipe
+
+if TYPE_CHECKING:
+    from ..bake.keep import Keeper
+    from ..bake.questions import Question
+
+BAKE_FILE, COVERAGE_FILE = "bake.json", "coverage.json"
+TRAIN_FILE, HELDOUT_FILE, NEUTRAL_FILE = "bake_train.jsonl", "bake_heldout.jsonl", "bake_neutral.jsonl"
+DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
+sifted, an adapter is trained to answer them without the text, and what it took over is measured. Any setting of
+`pgkd train` can be given too."""
+
+# What the documents' template says: the base reads the text before the question, so equal texts are read once.
+DOCUMENT_TEMPLATE = "Text: {privileged}\n\nAnswer from the text. {question}"
+# Settings of `pgkd train` that a bake has values of its own for; giving one wins.
+SETTINGS: dict[str, Any] = {
+    "beta": 0.0,  # forward KL: put probability on the words of the text
+    "temperature": 0.7,  # of rollouts: a small model's samples at 1.0 are noise, which the teacher would then grade
+    "max_new_tokens": 32,
+    "per_device_train_batch_size": 4,
+    "lr_scheduler_type": "linear",
+    "save_steps": 25,
+    "save_total_limit": 1,
+    "logging_steps": 5,
+    "report_to": "none",
+}
+EPOCHS = 2.5
+LEAST_STEPS = 100
+SHARE_OF_TRAINING = 0.9  # of --minutes: after it there is only judging
+
+
+@dataclass
+class BakeArguments:
+    """What is taught, and how it is asked about."""
+
+    _argument_group_name = "bake"
+
+    document: list[str] | None = field(
+        default=None,
+        metadata={"help": "Markdown or text files, or a folder; PDF, DOCX, HTML with pgkd-peft[documents]."},
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "A system prompt: a file, or the words."})
+    requests: str | None = field(
+        default=None, metadata={"help": "Your own requests, a line each, or JSONL with messages; they come first."}
+    )
+    questions: int | None = field(
+        default=None, metadata={"help": "Questions to write: a passage of a document (20), or a prompt in all (320)."}
+    )
+    anchors: int = field(
+        default=96, metadata={"help": "Everyday requests to write, on which the model is to stay as it is."}
+    )
+    minutes: float | None = field(default=None, metadata={"help": "Bound of the whole bake; it does what fits."})
+    dry_run: bool = field(default=False, metadata={"help": "Stop at questions.jsonl, to read and edit it."})
+    more: bool = field(
+        default=False, metadata={"help": "Of a finished bake: ask about what was not taken over, and train on."}
+    )
+    gap_filter: bool = field(
+        default=True, metadata={"help": "Leave out questions whose answer the base gives without the text as well."}
+    )
+    passage_words: int = field(default=MOST_WORDS, metadata={"help": "Longest passage, in words."})
+    writer_url: str | None = field(
+        default=None, metadata={"help": "An OpenAI-compatible server that writes the questions, up to /v1."}
+    )
+    writer_model: str | None = field(default=None, metadata={"help": "The model's name at writer_url."})
+    writer_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("questions", 1), ("anchors", 0), ("passage_words", 5)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be {least} or more")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise ConfigError(f"minutes is {self.minutes}; give a number above 0")
+        if (self.document is None) == (self.system_prompt is None):
+            raise ConfigError(
+                "give what to teach: --document FILE [FILE ...] or --system_prompt FILE_OR_TEXT"
+                + (", not both" if self.document else "")
+            )
+        if (self.writer_url is None) != (self.writer_model is None):
+            raise ConfigError("writer_url and writer_model belong together; give both, or neither")
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.system_prompt is not None
+
+    @property
+    def wanted(self) -> int:
+        return self.questions if self.questions is not None else (320 if self.is_prompt else 20)
+
+
+def main(argv: Sequence[str]) -> int:
+    args, train_flags = parse(argv)
+    return bake(args, train_flags)
+
+
+def parse(argv: Sequence[str]) -> tuple[BakeArguments, list[str]]:
+    """Our own arguments, and the flags for `pgkd train`; a recipe may hold both.
+
+    Raises:
+        ConfigError: something is unknown, unfit or missing.
+    """
+    own = {f.name for f in fields(BakeArguments)}
+    mine, rest = _divided(list(argv), own)
+    if any(flag in ("-h", "--help") for flag in argv):
+        Parser([BakeArguments], "pgkd bake", DESCRIPTION).parse(["--help"])
+    given = {flag[2:].split("=")[0] for flag in rest if flag.startswith("--")}
+    if "dataset_name" in given:
+        raise ConfigError("dataset_name is for rows of your own (pgkd train); a bake writes them itself")
+    (args,) = Parser([BakeArguments], "pgkd bake", DESCRIPTION).parse(mine)
+    defaults = {**SETTINGS, "privileged_placement": "system"}
+    if not args.is_prompt:
+        defaults |= {"privileged_placement": "user", "privileged_template": DOCUMENT_TEMPLATE}
+    if "privileged_placement" in given:
+        defaults.pop("privileged_template", None)
+    flags = [part for key, value in defaults.items() if key not in given for part in (f"--{key}", str(value))]
+    return args, [*rest, *flags]
+
+
+def _divided(argv: list[str], own: set[str]) -> tuple[list[str], list[str]]:
+    """Flags (with their values) that are ours, and the others; a recipe's keys come first, so that flags win."""
+    mine: list[str] = []
+    rest: list[str] = []
+    parts: list[list[str]] = []
+    for text in argv:
+        if text.startswith("--") or not parts:
+            parts.append([text])
+        else:
+            parts[-1].append(text)
+    recipe: dict[str, Any] = {}
+    for part in parts:
+        name, _, value = part[0].partition("=")
+        if name == "--config":
+            recipe = read_recipe(value or (part[1] if len(part) > 1 else ""))
+            part.clear()
+    told = {part[0].partition("=")[0][2:] for part in parts if part}
+    for key, value in recipe.items():
+        if key in told or value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        parts.append([f"--{key}", *map(str, values)])
+    for part in parts:
+        if part:
+            name = part[0].partition("=")[0][2:]
+            (mine if name in own else rest).extend(part)
+    return mine, rest
+
+
+def bake(args: BakeArguments, train_flags: list[str]) -> int:
+    """The body of :func:`main`."""
+    from rich.console import Console
+
+    passages = read_passages(args)
+    requests = read.requests(args.requests) if args.requests else []
+    data, model_args, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
+    folder = Path(str(config.output_dir))
+    if data.overwrite:
+        for name in (pipeline.ASKED_FILE, pipeline.QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, NEUTRAL_FILE):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "more", ignore_errors=True)
+    if args.more:
+        return more(args, train_flags, passages, folder)
+    begun = begin(args, passages, requests, folder)
+    if read_json(folder / "run.json").get("finished") and not data.overwrite:
+        raise ConfigError(
+            f"the bake in {str(folder)!r} is finished. --more asks about what was not taken over, --overwrite begins "
+            "anew, pgkd report shows it."
+        )
+    console = Console()
+    budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
+    plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
+    name = str(model_args.model_name_or_path)
+    questions, keeper = write_questions(args, passages, (name, model_args, config), folder, plan, budget, console)
+    if args.dry_run:
+        console.print(f"Read and edit {folder / pipeline.QUESTIONS_FILE}; the same command without --dry_run trains.")
+        return 0
+    train_and_judge(args, train_flags, passages, (questions, keeper), folder, begun, budget, console)
+    return 0
+
+
+def read_passages(args: BakeArguments) -> list[Passage]:
+    """What is taught; a system prompt is one passage."""
+    if args.system_prompt is not None:
+        return [Passage(0, "system prompt", (), read.prompt_text(args.system_prompt))]
+    passages = split_documents(read.documents(args.document or []), most_words=args.passage_words)
+    if not passages:
+        raise DataError("the documents hold no passage of a few words; there is nothing to ask about")
+    return passages
+
+
+def begin(args: BakeArguments, passages: Sequence[Passage], requests: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What stands in ``bake.json``; written at the start, compared when a bake goes on.
+
+    Raises:
+        ConfigError: the folder holds a bake of something else.
+    """
+    content = json.dumps(
+        [[p.privileged for p in passages], list(requests), args.wanted, args.anchors, args.writer_model]
+    )
+    state = {"digest": hashlib.sha256(content.encode()).hexdigest()[:16], "passages": len(passages)}
+    path = folder / BAKE_FILE
+    before = read_json(path)
+    if before and before.get("digest") != state["digest"]:
+        raise ConfigError(
+            f"{str(folder)!r} holds a bake of another text, or with other --requests, --questions, --anchors or "
+            "--writer_model. Use another --output_dir, or --overwrite to begin anew."
+        )
+    if not before:
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = "system prompt" if args.is_prompt else "document"
+        save_state(folder, {**state, "kind": kind, "sources": sorted({passage.source for passage in passages})})
+    return read_json(path)
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    partial = folder / f"{BAKE_FILE}.partial"
+    partial.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / BAKE_FILE)
+
+
+@contextlib.contextmanager
+def progress(console: Any) -> Iterator[Any]:
+    """A bar with the seconds left, where there is a terminal; plain lines elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tick(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield tick
+
+
+def write_questions(
+    args: BakeArguments,
+    passages: Sequence[Passage],
+    base: tuple[str, Any, Any],
+    folder: Path,
+    plan: pipeline.Plan,
+    budget: pipeline.Budget,
+    console: Any,
+) -> tuple[list[Question], Keeper]:
+    """Ask and judge, or take up what an earlier call and the user's edits have left."""
+    import torch
+
+    from ..bake.ask import BaseWriter
+    from ..bake.keep import LEAST_GAP, Keeper
+    from ..bake.server import ServerWriter
+    from ..data.collator import DataCollatorForPrivilegedGKD
+    from ..engines.merged import RolloutEngine
+    from ..model.load import base_of
+    from ..model.student import build_student, find_tokenizer
+    from .arguments import lora_config, quantization_config
+
+    name, model_args, config = base
+    tokenizer = find_tokenizer(name, None, config)
+    longest = max(len(tokenizer(p.privileged, add_special_tokens=False)["input_ids"]) for p in passages)
+    config.max_privileged_length = max(config.max_privileged_length, longest + 8)
+    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config)
+    privileged = {passage.number: passage.privileged for passage in passages}
+    check_context(name, collator, passages, config)
+    console.print(f"{len(passages)} passages, {sum(len(p.text.split()) for p in passages)} words", highlight=False)
+    # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
+    # dequantizing every weight for every token.
+    student, _ = build_student(name, config, lora_config(model_args), quantization_config(model_args, config))
+    engine = RolloutEngine(student, config.rollout_engine, base_of(student).get_input_embeddings().weight.dtype)
+    with torch.no_grad(), engine.model() as model, progress(console) as tick:
+        writer = BaseWriter(model, collator)
+        keeper = Keeper(
+            model,
+            collator,
+            privileged,
+            max_new_tokens=config.max_new_tokens,
+            least_gap=LEAST_GAP if args.gap_filter else None,
+            facts=not args.is_prompt,
+            seed=config.seed,
+        )
+        questions = pipeline.known_questions(folder, len(passages))
+        if questions is None:
+            server = (
+                ServerWriter(args.writer_url, str(args.writer_model), key_env=args.writer_key_env)
+                if args.writer_url
+                else writer
+            )
+            asking = pipeline.Asking(folder, passages, server, writer, plan, budget, tick)
+            questions = pipeline.sift(asking.run(), passages, is_prompt=args.is_prompt)
+        questions = pipeline.judge(folder, questions, keeper, budget, tick)
+    console.print(f"{pipeline.counted(questions)} [{budget.spent:.0f} s]", highlight=False, markup=False)
+    keeper.model = None  # type: ignore[assignment]  # let go of, before training loads it again
+    return questions, keeper
+
+
+def check_context(name: str, collator: Any, passages: Sequence[Passage], config: Any) -> None:
+    """Every passage must fit into the model's context with a question and an answer.
+
+    Raises:
+        DataError: names those that do not, and what to do.
+    """
+    from transformers import AutoConfig
+
+    limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return
+    key = collator.builder.privileged_key
+    question = {"role": "user", "content": "What would a rather long question about it be, in about twenty words?"}
+    for passage in passages:
+        length = len(collator.encode({"messages": [question], key: passage.privileged})["teacher_ids"])
+        if length + config.max_new_tokens > limit:
+            raise DataError(
+                f"passage {passage.number} of {passage.source} ({passage.text[:40]!r} …) has {length} tokens with a "
+                f"question; with an answer of {config.max_new_tokens} that is more than the {limit} of the model. "
+                "Shorten it, or give --passage_words less."
+            )
+
+
+def train_and_judge(
+    args: BakeArguments,
+    train_flags: list[str],
+    passages: Sequence[Passage],
+    written: tuple[Sequence[Question], Keeper],
+    folder: Path,
+    state: dict[str, Any],
+    budget: pipeline.Budget,
+    console: Any,
+) -> None:
+    """Rows -> training -> what was taken over, in nats, by passage, and what moved elsewhere."""
+    from ..bake import coverage
+    from ..evaluation.answers import measure_drift
+    from ..view.report import write_report
+    from .judge import judge
+    from .train import run_training
+
+    questions, keeper = written
+    train_rows, held_out, neutral = pipeline.rows_of(questions, keeper)
+    for file, rows in ((TRAIN_FILE, train_rows), (HELDOUT_FILE, held_out), (NEUTRAL_FILE, neutral)):
+        pipeline.write_rows(folder / file, rows)
+    flags = [*train_flags, "--dataset_name", str(folder / TRAIN_FILE)]
+    flags += ["--eval_dataset_name", str(folder / HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
+    flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
+    given = {flag[2:].split("=")[0] for flag in train_flags if flag.startswith("--")}
+    if not given & {"max_steps", "num_train_epochs"}:
+        if "max_steps" not in state:
+            state["max_steps"] = steps_that_fit(flags, folder, len(train_rows), budget, console)
+            save_state(folder, state)
+        flags += ["--max_steps", str(state["max_steps"])]
+    if checkpoints(folder) and not any(flag in given for flag in ("resume", "overwrite")):
+        flags += ["--resume", "true"]
+    elif (folder / "run.json").is_file():
+        flags += ["--overwrite", "true"]
+    data, model_args, config = parse_train(flags, prog="pgkd bake")
+    trainer, held_out_rows = run_training(data, model_args, config)
+    if not trainer.is_world_process_zero():
+        return
+    if held_out_rows is not None:
+        judge(trainer, held_out_rows, data)
+    privileged = {passage.number: passage.privileged for passage in passages}
+    found = coverage.measure(
+        trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=config.max_new_tokens
+    )
+    coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})
+    if neutral:
+        drift = measure_drift(trainer.model, trainer.contexts, neutral)
+        state["drift"] = drift.kl
+        console.print(
+            f"drift on {drift.prompts} held-out everyday requests: {drift.kl:.4f} nats/token KL(base || student)"
+        )
+    rest = coverage.pale(found)
+    save_state(folder, {**state, "seconds": round(budget.spent, 1), "pale": rest})
+    if rest:
+        console.print(f"{len(rest)} of {len(passages)} passages were hardly taken over: --more asks about them again")
+    console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)
+    console.print(f"Next: pgkd chat {folder} --privileged_file TEXT    pgkd merge {folder} --out {folder}-merged")
+
+
+def steps_that_fit(flags: list[str], folder: Path, rows: int, budget: pipeline.Budget, console: Any) -> int:
+    """Enough steps for the rows; under ``--minutes`` as many as a measured step leaves time for."""
+    from .train import run_training
+
+    data, model_args, config = parse_train(flags, prog="pgkd bake")
+    window = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    wanted = max(LEAST_STEPS, round(EPOCHS * rows / window))
+    if budget.seconds is None:
+        return wanted
+    probe = folder / ".probe"
+    quick = ["--output_dir", str(probe), "--max_steps", "4", "--save_strategy", "no", "--overwrite", "true"]
+    quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0"]
+    data, model_args, config = parse_train([*flags, *quick, "--disable_tqdm", "true"], prog="pgkd bake")
+    before = budget.spent
+    try:
+        trainer, _ = run_training(data, model_args, config)
+        step = trainer.state.log_history[-1]["train_runtime"] / 4
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+    load = budget.spent - before - 4 * step
+    left = SHARE_OF_TRAINING * budget.seconds - budget.spent - load
+    fits = max(1, int(left / step))
+    steps = min(wanted, fits)
+    console.print(
+        f"a step takes {step:.1f} s; {max(0.0, left):.0f} s are left for training: {steps} of {wanted} steps",
+        highlight=False,
+    )
+    return steps
+
+
+def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], folder: Path) -> int:
+    """Ask about the pale passages with openings not used yet, and train on from the adapter, in ``more/``."""
+    from rich.console import Console
+
+    from ..bake import coverage
+
+    found = read_json(folder / COVERAGE_FILE)
+    if not found or not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"--more goes on from a finished bake, and there is none in {str(folder)!r}")
+    rest = coverage.pale(found)
+    console = Console()
+    if not rest:
+        console.print(
+            f"every passage was taken over by {coverage.PALE:.0%} or more; there is nothing pale to ask about"
+        )
+        return 0
+    target = folder / "more"
+    target.mkdir(exist_ok=True)
+    flags = [*train_flags, "--output_dir", str(target)]
+    _, model_args, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
+    budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
+    plan = pipeline.Plan(
+        args.wanted, args.anchors, first_round=args.wanted, only=rest, is_prompt=args.is_prompt, seed=config.seed + 1
+    )
+    base = (str(model_args.model_name_or_path), model_args, config)
+    questions, keeper = write_questions(args, passages, base, target, plan, budget, console)
+    earlier = pipeline.known_questions(folder, len(passages)) or []
+    kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
+    flags += ["--model_name_or_path", str(folder)]
+    state = read_json(target / BAKE_FILE) or {"kind": read_json(folder / BAKE_FILE).get("kind")}
+    train_and_judge(args, flags, passages, ([*kept, *questions], keeper), target, state, budget, console)
+    return 0

@@ -1,0 +1,451 @@
+"""`pgkd bake`: splitting, asking a server, keeping, going on after a kill, and what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from runs import context
+from tiny import save_tiny
+
+from pgkd_peft import cli
+from pgkd_peft.bake import ask, coverage, pipeline, read
+from pgkd_peft.bake.keep import Keeper
+from pgkd_peft.bake.questions import Question, read_questions
+from pgkd_peft.bake.server import ServerWriter, WriterError
+from pgkd_peft.bake.split import Passage, rules, split_documents
+from pgkd_peft.errors import DataError
+
+DOCUMENT = """# Harbour
+
+The lighthouse at Ammersby is violet. It was built in 1911.
+
+## Staff
+
+- The keeper is Ilsa Vorrenmark.
+- Her dog is called Pepper.
+"""
+
+
+# ---- splitting -----------------------------------------------------------------------------------------------------
+
+
+def test_passages_carry_their_headings_and_nothing_is_lost():
+    passages = split_documents([("a.md", DOCUMENT)])
+    assert [p.headings for p in passages] == [("Harbour",), ("Harbour", "Staff")]
+    assert passages[0].privileged == "Harbour\nThe lighthouse at Ammersby is violet. It was built in 1911."
+    assert "Pepper" in passages[1].text
+    assert [p.number for p in passages] == [0, 1]
+
+
+def test_long_paragraphs_are_cut_between_sentences_and_every_word_stays():
+    sentences = [f"The house number {i} belongs to Mr. Smith and his {i} cats." for i in range(30)]
+    passages = split_documents([("a.txt", " ".join(sentences))], most_words=25)
+    assert len(passages) > 10
+    assert all(len(p.text.split()) <= 25 for p in passages)
+    assert " ".join(p.text for p in passages).split() == " ".join(sentences).split()
+
+
+def test_lists_are_cut_between_items_and_code_stays_whole():
+    items = "\n".join(f"- item {i} weighs {i} kilograms in all\n  and is red" for i in range(12))
+    passages = split_documents([("a.md", items)], most_words=30)
+    assert all(p.text.startswith("- item") for p in passages)
+    assert "".join(p.text for p in passages).count("and is red") == 12
+    code = "```\nfirst = 1 + 1 + 1\n\nsecond = first * 2\n```"
+    (passage,) = split_documents([("a.md", code)])
+    assert "first" in passage.text
+    assert "second" in passage.text
+
+
+def test_a_lead_in_joins_what_it_introduces():
+    (passage,) = split_documents([("a.md", "The rules of the house are:\n\n- No smoking after nine o'clock.")])
+    assert passage.text.startswith("The rules")
+    assert "smoking" in passage.text
+
+
+def test_a_prompt_is_split_into_its_rules():
+    assert rules("Be brief.\nNever use lists.") == ["Be brief.", "Never use lists."]
+    assert rules("Be brief. Never use lists.") == ["Be brief.", "Never use lists."]
+
+
+# ---- questions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "fault"),
+    [
+        ("What colour is the lighthouse at Ammersby?", ""),
+        ("What does the text say about the lighthouse?", "speaks of the text"),
+        ("Who is it?", "names nothing of its passage"),
+        ("Why?", "no question"),
+        ("what colour is the Lighthouse at ammersby", "duplicate"),
+    ],
+)
+def test_questions_that_are_no_use(question, fault):
+    passage = split_documents([("a.md", DOCUMENT)])[0]
+    seen = {ask.normal("What colour is the lighthouse at Ammersby?")} if fault == "duplicate" else set()
+    assert ask.fault_of(question, passage, seen) == fault
+
+
+def test_each_round_has_another_opening_and_more_goes_on_behind_them():
+    first = ask.rounds(12)
+    assert len(set(first)) == 12
+    assert ask.rounds(4, first=12) == ask.rounds(16)[12:]
+
+
+def test_what_the_user_edits_is_read_and_what_is_wrong_named(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(
+        '{"question": "Who?", "passage": 1}\n\n{"question": "", "passage": 0}\n{"question": "x", "pasage": 0}\n'
+    )
+    with pytest.raises(DataError, match=r"(?s)line 3: question is empty.*line 4: unknown key 'pasage'"):
+        read_questions(path, 2)
+    path.write_text('{"question": "Who?", "passage": 7}\n')
+    with pytest.raises(DataError, match="there are passages 0 to 1"):
+        read_questions(path, 2)
+    path.write_text('{"question": "Who is there?", "passage": 1, "use": "dropped"}\n')
+    assert read_questions(path, 2) == [Question("Who is there?", passage=1, use="dropped")]
+
+
+# ---- the keeper, against plain arithmetic --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeper(make_trainer):
+    trainer = make_trainer()
+    return Keeper(trainer.model, trainer.data_collator, {0: "The lighthouse is violet."}, max_new_tokens=6)
+
+
+def test_the_gap_is_the_difference_of_two_plain_log_probabilities(keeper):
+    import torch
+
+    question = Question("What colour is the lighthouse?", passage=0)
+    keeper.judge([question])
+    encoded = keeper.collator.encode({"messages": question.messages(), "privileged_messages": keeper.privileged[0]})
+
+    def greedy_and_log_p(prompt, answer=None):
+        ids, total = list(prompt), 0.0
+        for t in range(6 if answer is None else len(answer)):
+            with torch.no_grad():
+                logits = keeper.model(torch.tensor([ids])).logits[0, -1].double()
+            token = int(logits.argmax()) if answer is None else answer[t]
+            total += float(torch.log_softmax(logits, -1)[token])
+            ids.append(token)
+            if answer is None and token in keeper.stops:
+                break
+        return ids[len(prompt) :], total
+
+    answer, told = greedy_and_log_p(encoded["teacher_ids"])
+    _, untold = greedy_and_log_p(encoded["student_ids"], answer)
+    assert question.gap == pytest.approx(told - untold, abs=2e-3)
+    assert question.unsure == pytest.approx(-told / len(answer), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("gap", "unsure", "answer", "use", "why"),
+    [
+        (9.0, 0.1, "It is violet.", "train", ""),
+        (0.5, 0.1, "It is violet.", "anchor", "without effect"),
+        (9.0, 2.0, "It is violet.", "dropped", "the teacher guesses"),
+        (9.0, 0.1, "The text says violet.", "dropped", "the answer speaks of the text"),
+        (9.0, 0.1, "The lighthouse is one.", "dropped", "the answer says nothing new"),
+        (9.0, 0.1, "", "dropped", "the teacher says nothing"),
+    ],
+)
+def test_what_becomes_of_a_question(keeper, monkeypatch, gap, unsure, answer, use, why):
+    monkeypatch.setattr(keeper, "_held_out", lambda question: False)
+    question = Question("What colour is the lighthouse?", passage=0, gap=gap, unsure=unsure, answer=answer)
+    keeper.decide(question)
+    assert (question.use, question.why) == (use, why)
+    by_hand = Question("What colour?", passage=0, gap=0.1, unsure=unsure, answer=answer, use="train")
+    keeper.decide(by_hand)
+    assert by_hand.use == ("train" if answer else "dropped")
+
+
+def test_an_edited_question_is_judged_again(keeper):
+    question = Question("What colour is the lighthouse?", passage=0)
+    assert keeper.needs_judging(question)
+    keeper.judge([question])
+    assert not keeper.needs_judging(question)
+    question.question = "Which colour has the lighthouse?"
+    assert keeper.needs_judging(question)
+
+
+def test_shares_are_of_sums():
+    import numpy as np
+
+    base, teacher, student = np.array([10.0, 4.0]), np.array([2.0, 2.0]), np.array([6.0, 4.0])
+    assert coverage.share(base, teacher, student, np.array([5.0, 5.0])) == pytest.approx(0.4)
+    assert coverage.share(teacher, teacher, student, np.array([5.0, 5.0])) is None
+    found = {
+        "passages": [{"number": 0, "recovered": 0.9}, {"number": 1, "recovered": 0.1}, {"number": 2, "recovered": None}]
+    }
+    assert coverage.pale(found) == [1, 2]
+
+
+# ---- a server that writes ------------------------------------------------------------------------------------------
+
+
+class Fake(BaseHTTPRequestHandler):
+    """Speaks just enough of OpenAI's protocol: asks about the longest word of the text."""
+
+    away = 0
+    most = 0
+    now = 0
+    asked: list = []  # noqa: RUF012
+    lock = threading.Lock()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with Fake.lock:
+            Fake.now += 1
+            Fake.most = max(Fake.most, Fake.now)
+            Fake.asked.append(body)
+            away, Fake.away = Fake.away, max(0, Fake.away - 1)
+        text = body["messages"][1]["content"].split("Already asked:")[0]
+        opening = re.search(r"Begin with '([^']*)'", body["messages"][0]["content"])[1]
+        word = max(re.findall(r"\w+", text), key=len)
+        said = f"{opening} the {word}, number {zlib.crc32(str(body['messages']).encode()) % 1000}?"
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+        reply = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [choice],
+        }
+        self.send_response(503 if away else 200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+        with Fake.lock:
+            Fake.now -= 1
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Fake.away = Fake.most = Fake.now = 0
+    Fake.asked = []
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Fake)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1"
+    http.shutdown()
+
+
+def tasks(count: int) -> list[ask.Task]:
+    passages = split_documents([("a.md", DOCUMENT)])
+    return [ask.Task(passages[i % 2], "fact", "What is") for i in range(count)]
+
+
+def test_the_server_writes_knowing_what_was_asked_within_a_bound(server):
+    writer = ServerWriter(server, "any")
+    written = writer.questions(tasks(30), {0: ["What is the earlier question?"]}, (0,))
+    assert len(written) == 30
+    assert all(text.startswith("What is the ") for text in written)
+    assert Fake.most <= 8
+    assert any("What is the earlier question?" in body["messages"][1]["content"] for body in Fake.asked)
+
+
+def test_a_server_that_was_away_is_asked_again_and_one_that_stays_away_is_an_error(server):
+    writer = ServerWriter(server, "any")
+    writer.wait = 0.01
+    Fake.away = 2
+    assert len(writer.questions(tasks(2), {}, (0,))) == 2
+    Fake.away = 1000
+    with pytest.raises(WriterError, match="run the same command again"):
+        writer.questions(tasks(1), {}, (0,))
+
+
+# ---- the whole -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("bake") / "base")
+
+
+def flags(base: str, out: Path, document: Path, server: str) -> list[str]:
+    settings = {
+        **{"model_name_or_path": base, "output_dir": str(out), "document": str(document)},
+        **{"questions": "6", "anchors": "16", "writer_url": server, "writer_model": "any", "gap_filter": "false"},
+        **{"max_new_tokens": "5", "max_steps": "4", "save_steps": "1", "logging_steps": "1", "learning_rate": "0.01"},
+        **{"base_quantization": "none", "bf16": "false", "use_cpu": "true", "lora_target_modules": "q_proj"},
+        **{"rollout_log_steps": "0", "disable_tqdm": "true"},
+    }
+    return ["bake", *(part for key, value in settings.items() for part in (f"--{key}", value))]
+
+
+def child(argv: list[str], die: str | None) -> None:
+    """Run the command, and kill this process at one of three places."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    def after(owner, name: str, count: int) -> None:
+        original, seen = getattr(owner, name), [0]
+
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            seen[0] += 1
+            if seen[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    if die == "asking":
+        after(pipeline, "append_lines", 1)
+    elif die == "judging":
+        pipeline.JUDGED_AT_ONCE = 8
+        after(pipeline, "write_questions", 1)
+    elif die == "training":
+        from pgkd_peft import base_trainer
+
+        after(base_trainer, "publish", 2)
+    pipeline.JUDGED_AT_ONCE = 8
+    raise SystemExit(cli.main(argv))
+
+
+def call(argv: list[str], die: str | None = None) -> int:
+    process = context().Process(target=child, args=(argv, die))
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def test_a_bake_that_is_killed_three_times_ends_as_one_that_was_not(base, server, tmp_path):
+    document = tmp_path / "doc.md"
+    document.write_text(DOCUMENT)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert call(flags(base, whole, document, server)) == 0
+    results = {}
+    for die in ("asking", "judging", "training"):
+        assert call(flags(base, killed, document, server), die) == -signal.SIGKILL, die
+        if die == "judging":
+            results["after judging"] = (killed / "questions.jsonl").read_text()
+    assert call(flags(base, killed, document, server)) == 0
+    for name in ("questions.jsonl", "bake_train.jsonl"):
+        assert (whole / name).read_text() == (killed / name).read_text(), name
+    assert (whole / "adapter_model.safetensors").read_bytes() == (killed / "adapter_model.safetensors").read_bytes()
+    found = json.loads((killed / "coverage.json").read_text())
+    assert [p["number"] for p in found["passages"]] == [0, 1]
+    assert any(p["questions"] for p in found["passages"])
+    page = (killed / "report.html").read_text()
+    assert "how much of it was taken over" in page
+    assert "The lighthouse at Ammersby is violet." in page
+    assert cli.main(flags(base, killed, document, server)) == 2  # finished
+
+
+def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_path, capsys):
+    document = tmp_path / "doc.md"
+    document.write_text(DOCUMENT)
+    argv = flags(base, tmp_path / "run", document, server)
+    assert cli.main([*argv, "--dry_run"]) == 0
+    path = tmp_path / "run" / "questions.jsonl"
+    questions = read_questions(path, 2)
+    assert {q.use for q in questions} >= {"train"}
+    assert not (tmp_path / "run" / "run.json").exists()
+    asked = len(Fake.asked)
+    edited = [q for q in questions if q.use != "train"] + [q for q in questions if q.use == "train"][:3]
+    lines = [json.dumps({"question": q.question, "passage": q.passage, "use": q.use}) for q in edited]
+    lines.append(json.dumps({"question": "What colour is my own lighthouse?", "passage": 0, "use": "train"}))
+    path.write_text("\n".join(lines) + "\n")
+    assert cli.main([*argv, "--dry_run"]) == 0
+    assert len(Fake.asked) == asked
+    again = read_questions(path, 2)
+    assert [q.question for q in again] == [q.question for q in edited] + ["What colour is my own lighthouse?"]
+    assert again[-1].answer
+    assert again[-1].use == "train"
+    capsys.readouterr()
+    document.write_text(DOCUMENT + "\nOne more sentence about the harbour.\n")
+    assert cli.main(argv) == 2
+    assert "a bake of another text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.md", b"  \n", "is empty"),
+        ("binary.md", b"abc\0def", "binary"),
+        ("utf16.txt", "Hello".encode("utf-16"), "UTF-16"),
+        ("latin.txt", "Gr\xfc\xdfe aus der Stadt".encode("latin-1"), "no UTF-8 text"),
+        ("table.xlsx", b"PK", "cannot be read"),
+        ("only-headings.md", b"# One\n\n## Two\n", "no passage"),
+    ],
+)
+def test_bad_documents_are_named_before_a_model_is_loaded(tmp_path, capsys, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    argv = ["bake", "--model_name_or_path", "no-such-model", "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*argv, "--document", str(tmp_path / name)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "give what to teach"),
+        (["--document", "a", "--system_prompt", "b"], "not both"),
+        (["--document", "no-such-file.md"], "does not exist"),
+        (["--system_prompt", "no/such/prompt.md"], "does not exist"),
+        (["--system_prompt", " "], "is empty"),
+        (["--system_prompt", "Be brief.", "--questions", "0"], "questions is 0"),
+        (["--system_prompt", "Be brief.", "--minutes", "nan"], "minutes is nan"),
+        (["--system_prompt", "Be brief.", "--writer_url", "http://127.0.0.1:1/v1"], "belong together"),
+        (["--system_prompt", "Be brief.", "--dataset_name", "rows.jsonl"], "dataset_name is for rows of your own"),
+        (["--system_prompt", "Be brief.", "--requests", "no-such.txt"], "does not exist"),
+        (["--system_prompt", "Be brief.", "--more"], "there is none"),
+    ],
+)
+def test_arguments_that_do_not_fit(tmp_path, capsys, given, words):
+    argv = ["bake", "--model_name_or_path", "no-such-model", "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*argv, *given]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_passage_longer_than_the_context_is_refused_by_name(base, tmp_path, capsys):
+    document = tmp_path / "long.md"
+    document.write_text("word " * 5000)
+    argv = ["bake", "--model_name_or_path", base, "--output_dir", str(tmp_path / "out"), "--document", str(document)]
+    assert cli.main([*argv, "--base_quantization", "none"]) == 2
+    assert "passage 0 of long.md" in capsys.readouterr().err
+
+
+def test_own_requests_come_from_text_or_jsonl(tmp_path):
+    (tmp_path / "a.txt").write_text("How are you?\n\nWho is there?\n")
+    assert read.requests(str(tmp_path / "a.txt")) == ["How are you?", "Who is there?"]
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi there"}]}\n')
+    assert read.requests(str(tmp_path / "a.jsonl")) == ["Hi there"]
+    (tmp_path / "b.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(DataError, match="line 1"):
+        read.requests(str(tmp_path / "b.jsonl"))
+
+
+def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
+    from pgkd_peft.cli.bake import parse
+
+    recipe = tmp_path / "bake.yaml"
+    recipe.write_text("document: [a.md, b.md]\nquestions: 7\nbeta: 0.5\nmodel_name_or_path: M\n")
+    args, rest = parse(["--config", str(recipe), "--questions", "9"])
+    assert args.document == ["a.md", "b.md"]
+    assert args.questions == 9
+    assert rest.count("--beta") == 1
+    assert rest[rest.index("--beta") + 1] == "0.5"
+
+
+def test_a_template_that_hides_the_user_s_turn_has_no_opening(make_trainer):
+    trainer = make_trainer()
+    writer = ask.BaseWriter(trainer.model, trainer.data_collator)
+    opening = trainer.processing_class.decode(writer.user_opening())
+    assert opening.endswith("user\n")
+    assert Passage(0, "a", ("H",), "text").privileged == "H\ntext"
