@@ -37,8 +37,9 @@ class Reading:
     head: Head
 
     def exact(self) -> Reading:
-        """The same in float64."""
-        return replace(self, hidden=[part.double() for part in self.hidden])
+        """The same in float64; in float32 where the head is a module (quantized, or with an adapter)."""
+        dtype = torch.float64 if isinstance(self.head.weight, Tensor) else torch.float32
+        return replace(self, hidden=[part.to(dtype) for part in self.hidden])
 
     def some(self, rows: Sequence[int]) -> Reading:
         return replace(self, hidden=[self.hidden[i] for i in rows])
