@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test zoo lint bench clean
 
 install: $(STAMP)
 
@@ -20,6 +20,9 @@ demo: install  ## train on a real 135M model; shows base / teacher with PI / stu
 
 test: install
 	$(BIN)/python -m pytest
+
+zoo: install  ## every architecture as a tiny model; writes docs/architectures.md (some ten minutes)
+	$(BIN)/python -W ignore tests/zoo.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -46,7 +46,8 @@ from .run.place import locked
 from .run.resume import Continue, check_belongs, progress_file, readable_state
 from .trl_compat import log_progress
 
-GAP_METRICS = ("eval_recovered", "eval_student", "eval_base", "eval_teacher", "eval_drift")
+TIE_BREAKER = "eval_recovered_nats"
+GAP_METRICS = (TIE_BREAKER, "eval_recovered", "eval_student", "eval_base", "eval_teacher", "eval_drift")
 
 
 class GapCallback(TrainerCallback):
@@ -172,6 +173,29 @@ class RunTrainer(SFTTrainer):
             for callback in self._gap_callbacks():
                 output.metrics.update(callback.measure(self))
         return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Transformers' own; of two evaluations with the same metric the one that has taken over more in nats wins.
+
+        A coarse score is the same for many checkpoints (zero, in the beginning), and the first of them is the least
+        trained one.
+        """
+        if super()._determine_best_metric(metrics=metrics, trial=trial):
+            return True
+        name = str(self.args.metric_for_best_model)
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        step = self.state.best_global_step
+        if not step or name not in metrics or metrics[name] != self.state.best_metric or TIE_BREAKER not in metrics:
+            return False
+        best = [log[TIE_BREAKER] for log in self.state.log_history if log.get("step") == step and TIE_BREAKER in log]
+        if not best or not metrics[TIE_BREAKER] > best[-1]:
+            return False
+        self.say(
+            f"{name} {metrics[name]:.4g} as at step {step}; step {self.state.global_step} is the better one by "
+            f"{TIE_BREAKER} ({metrics[TIE_BREAKER]:.3f} against {best[-1]:.3f})"
+        )
+        self.state.best_global_step = self.state.global_step
+        return True
 
     # ---- files -------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ QUANTIZATIONS = ("nf4", "int8", "none")
 PLACEMENTS = ("messages", "user", "system")
 TEACHERS = ("disabled", "shared", "initial", "ema")
 ENGINES = ("auto", "adapter", "merged")
+WITHOUT_FEEDBACK = ("anchor", "skip")
 CLIP_MODES = ("entry", "token", "rescale")
 
 DIVERGENCE_IN_WORDS = {
@@ -121,6 +122,29 @@ class PrivilegedGKDConfig(GKDConfig):
     )
     num_generations: int = field(
         default=1, metadata={"help": "Rollouts a prompt. Each counts as a row of the batch in the loss."}
+    )
+    teacher_takeover: float | None = field(
+        default=None,
+        metadata={
+            "help": "In a rollout the teacher writes each token at which its distribution and the student's are more "
+            "than this many nats (JSD, at most 0.693) apart, and the student the others (OpenReview 6DlaA6eBt7). None: "
+            "the student writes all."
+        },
+    )
+    feedback: str | None = field(
+        default=None,
+        metadata={
+            "help": "module:function or path/to/file.py:function that gets a data row and the student's answers to it, "
+            "and returns what the teacher reads as PI in place of the data's (SDPO). Runs that code."
+        },
+    )
+    feedback_without: str = field(
+        default="anchor",
+        metadata={
+            "help": "What becomes of a rollout without feedback. anchor: the teacher reads what the student reads. "
+            "skip: it is left out of the step.",
+            "choices": list(WITHOUT_FEEDBACK),
+        },
     )
     loss_temperature: float = field(
         default=1.0,
@@ -282,6 +306,7 @@ class PrivilegedGKDConfig(GKDConfig):
             ("privileged_placement", PLACEMENTS),
             ("rollout_engine", ENGINES),
             ("divergence_clip_mode", CLIP_MODES),
+            ("feedback_without", WITHOUT_FEEDBACK),
         ):
             if getattr(self, name) not in accepted:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(accepted)}.")
@@ -308,6 +333,11 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError(f"ema_decay is {self.ema_decay}; it must be at least 0 and less than 1.")
         if self.divergence_clip is not None and self._number("divergence_clip", float) <= 0:
             raise ConfigError(f"divergence_clip is {self.divergence_clip}; it must be more than 0, or left out.")
+        if self.teacher_takeover is not None and self._number("teacher_takeover", float) < 0:
+            raise ConfigError(f"teacher_takeover is {self.teacher_takeover}; it must be 0 or more, or left out.")
+        for name in ("teacher_takeover", "feedback"):
+            if getattr(self, name) is not None and self.lmbda == 0.0:
+                raise ConfigError(f"{name} is set, but lmbda is 0.0: the student writes nothing. Raise lmbda.")
         if self.loss_top_k is not None and self._number("loss_top_k", int) < 1:
             raise ConfigError(f"loss_top_k is {self.loss_top_k}; it must be 1 or more, or left out.")
         if self.teacher_cache_gib is not None and not 0 <= self._number("teacher_cache_gib", float) < float("inf"):
@@ -348,6 +378,11 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError(
                 "train_sampling_strategy is 'group_by_length', which needs rows of token ids; the rows of a step are "
                 "grouped by length anyway. Use random or sequential."
+            )
+        if self.router_aux_loss_coef:
+            raise ConfigError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r} cannot be used: routers do not train, "
+                "the target is the teacher's distribution. Remove it."
             )
         if self.max_length is not None and self._number("max_length", int) < 8:
             raise ConfigError(f"max_length is {self.max_length}; it must be 8 or more, or None for no limit.")

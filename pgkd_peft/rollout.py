@@ -9,12 +9,15 @@ Shapes: R rows of one sub-batch, L prompt length (left-padded), V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import ModelError
 from .model.adapters import eval_mode
@@ -260,3 +263,132 @@ def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tor
     cumulative = probs.double().cumsum(-1)
     token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
     return token.clamp(max=logits.shape[-1] - 1)
+
+
+@dataclass
+class MixedRollout:
+    """A completion that two models wrote: its ids, the teacher's hidden states that predict them (tokens, D), and
+    which of the tokens are the teacher's."""
+
+    completion: list[int]
+    teacher_hidden: torch.Tensor
+    by_teacher: list[bool]
+
+
+@torch.no_grad()
+def generate_mixed(
+    student: Callable[[], AbstractContextManager[nn.Module]],
+    teacher: Callable[[], AbstractContextManager[nn.Module]],
+    teacher_logits: Callable[[torch.Tensor], torch.Tensor],
+    prompts: Sequence[Sequence[int]],
+    teacher_prompts: Sequence[Sequence[int]],
+    *,
+    takeover: float,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    rows_at_once: int = 64,
+) -> list[MixedRollout]:
+    """Student and teacher in lockstep: token t is the teacher's where they are more than `takeover` nats apart.
+
+    At each position both predict the next token; where JSD(student_t, teacher_t) (natural logarithm, both halves
+    weighing the same, at temperature 1) is over `takeover`, the token is drawn from the teacher, else from the student
+    (Speculative Self-Distillation, OpenReview 6DlaA6eBt7). Both then read it. The teacher's hidden states fall out of
+    the decode, so no teacher pass over the completion is needed afterwards.
+
+    Args:
+        student, teacher: give the weights that run as one of them; the same module may serve both in turn.
+        teacher_logits: the teacher's head with what follows it: hidden states (R, D) -> logits (R, V).
+        prompts, teacher_prompts: token ids, unpadded, one pair a row.
+        takeover: in nats; at 0 the teacher writes wherever it differs at all, above log 2 = 0.693 nowhere.
+    """
+    generator = generator or window_generator(0)
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    made: list[MixedRollout] = []
+    for first in range(0, len(prompts), rows_at_once):
+        part = slice(first, first + rows_at_once)
+        readers = (
+            _Reader(student, prompts[part], pad_id),
+            _Reader(teacher, teacher_prompts[part], pad_id, head=teacher_logits),
+        )
+        made += _decode_mixed(*readers, takeover, max_new_tokens, set(stop_ids), temperature, uniforms[part])
+    return made
+
+
+class _Reader:
+    """One of the two models, its cache, and what it has predicted last."""
+
+    def __init__(
+        self,
+        weights: Callable[[], AbstractContextManager[nn.Module]],
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.weights, self.head, self.cache = weights, head, None
+        longest = max(map(len, prompts))
+        with weights() as model:
+            self.device = next(model.parameters()).device
+        ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
+        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.hidden: torch.Tensor | None = None
+        self.logits = self._forward(ids)
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) after the last of `ids` (R, L); with a head of its own also the hidden states (R, D)."""
+        with self.weights() as model, eval_mode(model.modules()):
+            if self.cache is None:
+                self.cache = DynamicCache(config=base_of(model).config.get_text_config())
+            common = {"attention_mask": self.mask, "position_ids": self.positions, "past_key_values": self.cache}
+            if self.head is None:
+                return model(input_ids=ids, use_cache=True, logits_to_keep=1, **common).logits[:, -1]
+            last = torch.zeros_like(ids, dtype=torch.bool)
+            last[:, -1] = True
+            self.hidden = model(input_ids=ids, use_cache=True, hidden_mask=last, **common)
+            return self.head(self.hidden)
+
+    def read(self, token: torch.Tensor) -> None:
+        """Go on by one token a row (R,)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        self.logits = self._forward(token[:, None])
+
+
+def _decode_mixed(
+    student: _Reader,
+    teacher: _Reader,
+    takeover: float,
+    max_new_tokens: int,
+    stops: set[int],
+    temperature: float,
+    uniforms: torch.Tensor,  # (R, max_new_tokens)
+) -> list[MixedRollout]:
+    uniforms = uniforms.to(student.device)
+    completions: list[list[int]] = [[] for _ in range(len(uniforms))]
+    taken: list[list[bool]] = [[] for _ in completions]
+    hidden: list[list[torch.Tensor]] = [[] for _ in completions]
+    for t in range(max_new_tokens):
+        by_teacher = half_jsd(student.logits, teacher.logits) > takeover  # (R,)
+        own, better = (pick(reader.logits, temperature, uniforms[:, t]) for reader in (student, teacher))
+        token = torch.where(by_teacher, better, own)
+        assert teacher.hidden is not None
+        for row, (value, theirs) in enumerate(zip(token.tolist(), by_teacher.tolist())):
+            if not completions[row] or completions[row][-1] not in stops:
+                completions[row].append(value)
+                taken[row].append(theirs)
+                hidden[row].append(teacher.hidden[row])
+        if t == max_new_tokens - 1 or all(completion[-1] in stops for completion in completions):
+            break
+        for reader in (student, teacher):
+            reader.read(token)
+    return [MixedRollout(ids, torch.stack(states), mine) for ids, states, mine in zip(completions, hidden, taken)]
+
+
+def half_jsd(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence in nats of the distributions of two (R, V) logits: (R,), 0 to log 2."""
+    p, q = (x.float().log_softmax(-1) for x in (logits, others))
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))

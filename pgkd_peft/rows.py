@@ -25,6 +25,7 @@ class Row:
     truncated: bool = False  # ran into max_new_tokens without a stop token
     keep: slice = field(default_factory=lambda: slice(0, None))  # completion tokens that count in the loss
     teacher_hidden: torch.Tensor | None = None  # (kept tokens, D)
+    source: Any = None  # the data row, where something asks for it (feedback)
 
     @property
     def kept(self) -> list[int]:
@@ -48,13 +49,14 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
 
     count = len(batch["prompts"])
     return [
-        Row(prompt, teacher_prompt, completion, bool(has), int(cut))
-        for prompt, teacher_prompt, completion, has, cut in zip(
+        Row(prompt, teacher_prompt, completion, bool(has), int(cut), source=source)
+        for prompt, teacher_prompt, completion, has, cut, source in zip(
             unpad("prompts", "prompt_attention_mask"),
             unpad("teacher_prompts", "teacher_prompt_attention_mask"),
             unpad("completions", "completion_mask"),
             batch.get("has_privileged", torch.zeros(count)),
             batch.get("privileged_tokens_cut", torch.zeros(count)),
+            batch.get("sources", [None] * count),
         )
     ]
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .model.architecture import backbone_of
 from .model.caches import for_rows, has_states, why_not_shared
 from .model.load import base_of
 from .prefix import Prefix, Prefixes, TeacherMemory
@@ -43,7 +44,7 @@ def add_hidden_states_forward(base: PreTrainedModel) -> None:
         if hidden_mask is None:
             return original(*args, **kwargs)
         kwargs.setdefault("use_cache", False)
-        return self.base_model(*args, **kwargs).last_hidden_state[hidden_mask]
+        return backbone_of(self)(*args, **kwargs).last_hidden_state[hidden_mask]
 
     forward.gives_hidden_states = True  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)

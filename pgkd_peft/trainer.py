@@ -30,16 +30,19 @@ from trl.experimental.gkd import GKDTrainer
 from .automatic import choose_placement, settle_privileged_length, settle_training, start_block
 from .base_trainer import RunTrainer
 from .config import PrivilegedGKDConfig
+from .conformance import check_model
 from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .divergence import linear_jsd
 from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError, explained
+from .feedback import load_feedback, with_feedback
+from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.head import Head
 from .model.load import base_of
 from .model.student import build_student, context_length, find_tokenizer, hidden_size
 from .prefix import plan_teacher
-from .rollout import generate, window_generator
+from .rollout import generate, generate_mixed, window_generator
 from .rollout_log import RolloutLogCallback
 from .rows import Row, pack, rows_of
 from .run.console import logger, show_log_lines
@@ -140,9 +143,11 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         for row in rows:
             skip_all = args.mask_truncated_completions and row.truncated
             row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
+            if row.teacher_hidden is not None:  # a mixed rollout brought them
+                row.teacher_hidden = row.teacher_hidden[row.keep]
         with memory_for("teacher"), self.meters.timed(mode, "teacher"), self.teacher.weights() as teacher:
-            at_once = args.per_device_train_batch_size
-            score_teacher(teacher, rows, self.pad_id, memory=self.memory, rows_at_once=at_once)
+            at_once, unread = args.per_device_train_batch_size, [row for row in rows if row.teacher_hidden is None]
+            score_teacher(teacher, unread, self.pad_id, memory=self.memory, rows_at_once=at_once)
         self.last_rows = rows
         self.meters.add(
             mode,
@@ -161,20 +166,52 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         """One generation call for all rows of the step; ``num_generations`` completions a prompt."""
         args, copies = self.args, self.args.num_generations
         seeds = (args.seed, self.state.global_step, 1 + self.accelerator.process_index, *([stream] if stream else []))
-        with self.teacher.weights() if teacher_writes else self.student_weights() as model:
-            completions = generate(
-                model,
-                [row.teacher_prompt if teacher_writes else row.prompt for row in rows],
-                copies=copies,
-                max_new_tokens=args.max_new_tokens,
-                stop_ids=self.stop_ids,
-                pad_id=self.pad_id,
-                temperature=args.temperature,
-                generator=window_generator(*seeds),
-                memory=self.memory if teacher_writes else None,
-            )
+        generator = window_generator(*seeds)
         sources = [row for row in rows for _ in range(copies)]
-        return [row.answered(ids, self.stop_ids) for row, ids in zip(sources, completions)]
+        if args.teacher_takeover is not None and not teacher_writes:
+            made = self.roll_out_mixed(sources, args.teacher_takeover, generator)
+        else:
+            with self.teacher.weights() if teacher_writes else self.student_weights() as model:
+                completions = generate(
+                    model,
+                    [row.teacher_prompt if teacher_writes else row.prompt for row in rows],
+                    copies=copies,
+                    max_new_tokens=args.max_new_tokens,
+                    stop_ids=self.stop_ids,
+                    pad_id=self.pad_id,
+                    temperature=args.temperature,
+                    generator=generator,
+                    memory=self.memory if teacher_writes else None,
+                )
+            made = [row.answered(ids, self.stop_ids) for row, ids in zip(sources, completions)]
+        if self.feedback is not None and not teacher_writes:
+            each = [row.source for row in made]
+            made = with_feedback(made, each, self.feedback, self.contexts, without=args.feedback_without)
+        return made
+
+    def roll_out_mixed(self, rows: list[Row], takeover: float, generator: torch.Generator) -> list[Row]:
+        """Rollouts in which the teacher writes where the two disagree; its states come with them."""
+        mixed = generate_mixed(
+            self.student_weights,
+            self.teacher.weights,
+            self.teacher_head.logits,
+            [row.prompt for row in rows],
+            [row.teacher_prompt for row in rows],
+            takeover=takeover,
+            max_new_tokens=self.args.max_new_tokens,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            temperature=self.args.temperature,
+            generator=generator,
+        )
+        made = []
+        for row, each in zip(rows, mixed):
+            row = row.answered(each.completion, self.stop_ids)
+            # An anchor is scored as the student is: both must round alike.
+            row.teacher_hidden = each.teacher_hidden if row.has_privileged else None
+            made.append(row)
+        self.meters.add(self._mode, taken_over=sum(sum(each.by_teacher) for each in mixed))
+        return made
 
     def micro_batches(self, rows: list[Row], count: int) -> list[dict[str, Any]]:
         """Deal the rows out over the micro-batches, rows of like length together. The sum over the step stays.
@@ -347,6 +384,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
             train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         settle_training(args, hidden_size(student), report.rows if report else None)
+        if args.feedback is not None:
+            collator.keep_sources = True
 
         # TRL's trainers around them, without what they would change.
         advice = without_migration_advice("trl.experimental.gkd.gkd_trainer")
@@ -368,12 +407,21 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         else:
             teacher.separate = self.teacher_model  # as accelerate has prepared it
         refuse_sharding(self.accelerator)
+        if args.disable_dropout:
+            zero_dropout(student)
+        check_model(student, tokenizer)
+        if separate is not None:
+            zero_dropout(separate)
+            check_model(separate, tokenizer)
+        if long_rope := warn_of_long_rope(base_of(student).config):
+            logger.warning(long_rope)
         self.teacher = teacher
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
         self.pad_id = tokenizer.pad_token_id
         self.memory, remembered = plan_teacher(teacher, report, args, self.accelerator.num_processes)
         self.last_rows = []
         self.finite = torch.ones((), dtype=torch.bool, device=args.device)  # no loss of the step is NaN or infinite
+        self.feedback = load_feedback(args.feedback) if args.feedback is not None else None
         self._evaluated = 0  # batches of this evaluation
         self._engine: RolloutEngine | None = None
         self.start_run(collator, loaded, report)

@@ -21,6 +21,7 @@ from torch import nn
 
 from .config import PrivilegedGKDConfig
 from .errors import ConfigError
+from .model.load import base_of
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,25 @@ def runs_under_autocast(accelerator: Any, model: nn.Module) -> bool:
 @contextlib.contextmanager
 def keep_adapter(student: PeftModel, args: PrivilegedGKDConfig) -> Iterator[None]:
     """Undo what TRL's constructors do to a QLoRA student: they round the adapter to bfloat16, in which Adam's small
-    steps are lost, and they switch off LoRA's own dropout together with the base's."""
+    steps are lost, they switch off LoRA's own dropout together with the base's, and they make a mixture of experts
+    return its router logits (an auxiliary loss, which nothing here uses and which breaks cached rollouts)."""
     weights = [(param, param.data) for param in student.parameters() if param.requires_grad]
     dropouts = [(m, m.p) for name, m in student.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
     init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used already, when the base was loaded
     teacher_kwargs, args.teacher_model_init_kwargs = args.teacher_model_init_kwargs, None
+    coefficient, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
+    config = base_of(student).config.get_text_config()
+    names = ("output_router_logits", "router_aux_loss_coef")
+    router = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if "output_router_logits" in router:
+        router["output_router_logits"] = False
     try:
         yield
     finally:
         args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs, teacher_kwargs
+        args.router_aux_loss_coef = coefficient
+        for name, value in router.items():
+            setattr(config, name, value)
         for param, data in weights:
             param.data = data.to(param.device)
         for module, p in dropouts:

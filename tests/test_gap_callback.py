@@ -360,7 +360,8 @@ def test_a_recipe_that_evaluates(recipe, tmp_path, caplog):
     for name in ("base", "teacher", "student", "drift"):
         assert results[name] == pytest.approx(best[f"eval_{name}"], rel=1e-6), name
     assert cli.main(["eval", str(run), "--scorer", "contains", "--limit", "1", "--max_new_tokens", "2"]) == 0
-    assert json.loads((run / "eval_results.json").read_text("utf-8"))["scorer"] == "contains"
+    assert json.loads((run / "eval_results_first_1.json").read_text("utf-8"))["scorer"] == "contains"
+    assert json.loads((run / "eval_results.json").read_text("utf-8"))["n"] == 2  # those of all rows stay
 
 
 def test_with_a_scorer_the_best_adapter_is_the_one_with_the_largest_gap(recipe):

@@ -83,7 +83,8 @@ class BakeArguments:
     writer_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
 
     def __post_init__(self) -> None:
-        for name, least in (("questions", 1), ("anchors", 0), ("passage_words", 5)):
+        fewest = 0 if self.requests is not None else 1
+        for name, least in (("questions", fewest), ("anchors", 0), ("passage_words", 5)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be {least} or more")

@@ -37,10 +37,12 @@ from .train import recipe_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from rich.console import Console
 
     from ..data.collator import DataCollatorForPrivilegedGKD
     from ..evaluation.answers import Evaluation
     from ..export.adapter import AdapterRun
+    from .controls import ControlRun
 
 
 DESCRIPTION = """Judge a trained adapter on rows that it was not trained on: how much of what the privileged information
@@ -148,9 +150,9 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     from rich.console import Console
 
     from ..data.check import validate_rows
-    from ..evaluation.answers import HINT_PHRASES, evaluate, measure_drift, perplexity
+    from ..evaluation.answers import HINT_PHRASES, evaluate, measure_drift
     from ..export.adapter import read_run
-    from ..model.adapters import adapter_state, load_adapter
+    from ..model.adapters import load_adapter
     from .controls import find_controls
 
     console = Console()
@@ -176,12 +178,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         validate_rows(neutral, collator)
     text = text_ids(args.text_file, collator) if args.text_file else None
     controls = find_controls(run, args.controls) if args.controls else []
-    for control in controls:
-        if control.finished:
-            console.print(f"control {control.name}: {control.folder} is trained already")
-        else:
-            console.print(f"\ntraining the control {control.name} ({CONTROLS[control.name]}) in {control.folder}")
-            control.train()
+    train_missing(controls, console)
 
     model = load_student(run)
     settings: dict[str, Any] = {
@@ -196,9 +193,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     if neutral is not None:
         add_drift(result, measure_drift(model, collator, neutral))
     if text is not None:
-        for name, which in (("base", "disabled"), ("student", "shared")):
-            with adapter_state(model, which) as weights:
-                result.extra[f"perplexity_{name}"] = perplexity(weights, text)
+        add_perplexity(result, model, text)
 
     compared: dict[str, Evaluation] = {}
     for control in controls:
@@ -238,6 +233,26 @@ def text_ids(path: str, collator: DataCollatorForPrivilegedGKD) -> list[int]:
     if len(ids) < 2:
         raise DataError(f"text_file {path!r} has {len(ids)} tokens; a perplexity needs two at least.")
     return ids
+
+
+def train_missing(controls: Sequence[ControlRun], console: Console) -> None:
+    """Train the controls that are not trained yet."""
+    for control in controls:
+        if control.finished:
+            console.print(f"control {control.name}: {control.folder} is trained already")
+        else:
+            console.print(f"\ntraining the control {control.name} ({CONTROLS[control.name]}) in {control.folder}")
+            control.train()
+
+
+def add_perplexity(result: Evaluation, model: PeftModel, ids: Sequence[int]) -> None:
+    """Perplexity of base and student on a text."""
+    from ..evaluation.answers import perplexity
+    from ..model.adapters import adapter_state
+
+    for name, which in (("base", "disabled"), ("student", "shared")):
+        with adapter_state(model, which) as weights:
+            result.extra[f"perplexity_{name}"] = perplexity(weights, ids)
 
 
 def held_out_rows(run: AdapterRun, args: EvalArguments) -> tuple[list[Mapping[str, Any]], int]:
@@ -308,10 +323,8 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
     from ..model.load import load_tokenizer
 
     source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
-    names = (
-        *("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template"),
-        "allow_privileged_cut",
-    )
+    names = ["privileged_key", "max_privileged_length", "privileged_placement", "privileged_template"]
+    names += ["allow_privileged_cut"]
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
     settings["max_length"] = None  # of an answer only the prompt is read here
     return DataCollatorForPrivilegedGKD(load_tokenizer(str(source)), **settings)

@@ -13,9 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..automatic import settle_privileged_length, settle_training
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
 from ..evaluation.preflight import Cost, Effect, ProbeTrainer, measure_cost, measure_effect, probe_args, scorer_for
+from ..model.student import context_length, find_tokenizer, hidden_size
 from ..view.inspect import inspect_rows, make_console
 from ..view.preflight import show_cost, show_effect
 
@@ -54,13 +56,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from ..cli.arguments import parse_train
     from ..cli.train import load_datasets
-    from ..model.student import find_tokenizer
 
     data, model, config = parse_train(rest, prog="pgkd inspect")
     console = make_console(own.no_color)
     tokenizer = find_tokenizer(model.model_name_or_path, None, config)
-    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config)
     train_rows, eval_rows = load_datasets(data, config)
+    context = context_length(model.model_name_or_path, config)
+    settle_privileged_length(config, tokenizer, [train_rows, eval_rows], context)
+    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config, context)
     code = inspect_rows(train_rows, collator, config, console, count=own.rows)
     if eval_rows is not None:
         console.print(Text("\nrows to evaluate on", style="bold"))
@@ -123,6 +126,7 @@ def preflight(
     finally:
         logging.getLogger("pgkd_peft").setLevel(loud)
     windows = math.ceil(len(kept) / (window * max(1, args.world_size)))
+    settle_training(config, hidden_size(trainer.model), len(kept))
     cost.steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows)
     show_cost(cost, config, console)
     return effect, cost

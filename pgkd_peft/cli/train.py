@@ -106,6 +106,12 @@ def _run(
         choose_as_before(config, folder)
         stop_if_finished(folder, checkpoint, model, config)
     train_dataset, held_out = load_datasets(data, config)
+    if held_out is None and config.eval_strategy != "no":
+        reason = config.automatic["held-out rows"][1]
+        raise ConfigError(
+            f"eval_strategy is {str(config.eval_strategy.value)!r}, but there are no rows to evaluate on ({reason}); "
+            "give --eval_dataset_name FILE, or --holdout_rows N"
+        )
     if config.is_open("rollout_log_steps"):
         config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 

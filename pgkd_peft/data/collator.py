@@ -75,6 +75,7 @@ class DataCollatorForPrivilegedGKD:
         self.max_length = max_length
         self.allow_privileged_cut = allow_privileged_cut
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
+        self.keep_sources = False  # a batch then holds the data rows too, as `sources`
         self.builder = ContextBuilder(
             tokenizer,
             privileged_key=privileged_key,
@@ -119,7 +120,9 @@ class DataCollatorForPrivilegedGKD:
         teacher_prompts, teacher_mask = self._pad([row["teacher_ids"] for row in encoded], left=True)
         completions, completion_mask = self._pad([row["completion_ids"] for row in encoded], left=False)
         contexts: list[Contexts] = [row["contexts"] for row in encoded]
+        sources = {"sources": [dict(row) for row in rows]} if self.keep_sources else {}
         return {
+            **sources,
             "prompts": prompts,  # (B, P)
             "prompt_attention_mask": prompt_mask,  # (B, P)
             "teacher_prompts": teacher_prompts,  # (B, Q)

@@ -13,6 +13,7 @@ from ..data.check import validate_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
 from .answers import Evaluation, continuations, evaluate, measure_drift, recovered_gap
+from .nats import SMALLEST_GAP, recovered_nats
 from .scorers import Scorer, check_scorable, make_scorer
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 class RecoveredGapCallback(GapCallback):
     """Adds to every evaluation of the run what `pgkd eval` measures: ``eval_student``, ``eval_base`` and
-    ``eval_teacher`` (mean scores of greedy answers), ``eval_recovered``, and with neutral rows ``eval_drift``.
+    ``eval_teacher`` (mean scores of greedy answers), ``eval_recovered``, ``eval_recovered_nats`` (on the teacher's
+    answers; it decides between checkpoints of one score), and with neutral rows ``eval_drift``.
 
     Evaluations happen as Transformers has it (``eval_strategy``, ``eval_steps``, an ``eval_dataset``), and their
     metrics can be used as usual, for example ``metric_for_best_model="eval_recovered"`` with
@@ -109,6 +111,7 @@ class RecoveredGapCallback(GapCallback):
         recovered = recovered_gap(scores["base"], scores["teacher"], scores["student"])
         if recovered is not None:
             metrics["eval_recovered"] = recovered
+        metrics.update(self._nats(trainer))
         if self.neutral is not None:
             kl = tokens = 0.0
             if self.neutral:
@@ -117,6 +120,18 @@ class RecoveredGapCallback(GapCallback):
             kl, tokens = _sums(trainer, [kl, tokens])
             metrics["eval_drift"] = kl / tokens
         return metrics
+
+    def _nats(self, trainer: RunTrainer) -> dict[str, float]:
+        """The recovered gap in nats on the teacher's answers, over the rows of all ranks; nothing without a gap."""
+        sums = [0.0] * 4
+        if self.known is not None and any(self.known.privileged):
+            answers = self.known.completions["teacher"]
+            nats = recovered_nats(trainer.model, trainer.contexts, self.known.rows, answers, samples=0)
+            sums = [value * nats.tokens for value in (nats.base, nats.teacher, nats.student, 1.0)]
+        base, teacher, student, tokens = _sums(trainer, sums)
+        if not base - teacher > SMALLEST_GAP * tokens:
+            return {}
+        return {"eval_recovered_nats": (base - student) / (base - teacher)}
 
     def _answer(self, trainer: RunTrainer, columns: Sequence[str]) -> Evaluation | None:
         """This rank's share of the rows, answered and scored; None without any."""

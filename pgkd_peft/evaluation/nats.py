@@ -55,9 +55,8 @@ class Nats:
         """For people: "62 % of what the PI changes was taken over (95 % interval ...)"."""
         told = f"{self.tokens} tokens of {self.rows} answers of the teacher"
         if self.recovered is None:
-            return (
-                f"the PI changes next to nothing: base {self.base:.3f}, with PI {self.teacher:.3f} nats/token, {told}"
-            )
+            means = f"base {self.base:.3f}, teacher {self.teacher:.3f} nats/token"
+            return f"the PI changes next to nothing: {means} on {told}"
         between = ""
         if self.interval is not None:
             level, low, high = self.interval.level, self.interval.low, self.interval.high
@@ -139,5 +138,5 @@ def recovered_nats(
         names = [groups[i] for i in used] if groups is not None else None
         scores = [(-losses).tolist() for losses in (base, teacher, student)]
         interval = bootstrap_recovered(*scores, groups=names, samples=samples, seed=seed)
-    means = [float(values.sum() / tokens) for values in (base, teacher, student)]
-    return Nats(recovered, interval, means[0], means[1], means[2], rows=len(used), tokens=tokens)
+    before, with_pi, after = (float(values.sum() / tokens) for values in (base, teacher, student))
+    return Nats(recovered, interval, before, with_pi, after, rows=len(used), tokens=tokens)

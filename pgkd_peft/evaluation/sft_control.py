@@ -15,6 +15,7 @@ from ..config import PrivilegedGKDConfig
 from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError, explained
+from ..model.architecture import zero_dropout
 from ..model.student import build_student, context_length, find_tokenizer, hidden_size
 from ..run.console import show_log_lines
 from ..trl_compat import keep_adapter
@@ -53,6 +54,7 @@ class SFTControlTrainer(RunTrainer):
         with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args):
             if args.disable_dropout:
                 disable_dropout_in_model(student)
+                zero_dropout(student)
             super().__init__(
                 student,
                 args=args,

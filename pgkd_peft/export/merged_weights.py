@@ -19,12 +19,15 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import ModelError, explained
 from ..model.adapters import check_adapter_tensors
+from ..model.architecture import auto_class
 from ..model.load import base_of, tensor_shapes
 from .adapter import ADAPTER_FILE, AdapterRun
 from .base_weights import BaseWeights, quantization_roundtrip
@@ -99,9 +102,9 @@ class MergedWeights:
         self._conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         self._in_float32 = _kept_in_float32(model, run.dtype)
         self._tied = _tied_pair(model)
-        prefix = model.base_model_prefix
+        prefix, renamings = model.base_model_prefix, _renamings(model)
         self.layers, self.overrides = _adapter_parts(model, run)
-        self._name_of = self._match_names(prefix)
+        self._name_of = self._match_names(prefix, renamings)
         self._key_of = {name: key for key, name in self._name_of.items()}
         self.untied = self._embedding_and_head_differ()
 
@@ -159,12 +162,16 @@ class MergedWeights:
         held = quantization_roundtrip(weight, run.quantization_config, run.compute_dtype).cpu()
         return held.T.contiguous() if transposed else held
 
-    def _match_names(self, prefix: str) -> dict[str, str]:
-        """Key in the files -> parameter of the model; files may lack the model's prefix, or have one too many."""
+    def _match_names(self, prefix: str, renamings: list[WeightRenaming]) -> dict[str, str]:
+        """Key in the files -> parameter of the model; files may lack the model's prefix, or have one too many, or hold
+        the names that Transformers renames when it loads them (Gemma 3, Qwen3.5)."""
         found = {}
         for key in self._files.keys():  # noqa: SIM118 - no dict
-            for name in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")):
-                if name in self._shape_of:
+            renamed, _ = rename_source_key(key, renamings, [])
+            for plain in (key, renamed):
+                names = (plain, f"{prefix}.{plain}", plain.removeprefix(f"{prefix}."))
+                name = next((name for name in names if name in self._shape_of), None)
+                if name is not None:
                     found[key] = name
                     break
         needed = {f"{module}.weight" for module in (*self.layers, *self._quantized)} | set(self.overrides)
@@ -195,10 +202,15 @@ class MergedWeights:
         return not torch.equal(embedding, head)
 
 
+def _renamings(model: PreTrainedModel) -> list[WeightRenaming]:
+    """What Transformers renames between the files of this architecture and its modules; nothing that it recomputes."""
+    return [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+
+
 def _phantom_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """The model with weights that have the right shape but take no memory (one zero, expanded); ties are kept."""
     with explained(f"no causal language model can be made of {config.name_or_path!r}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     phantoms: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -217,7 +229,7 @@ def _quantized_modules(config: PreTrainedConfig, run: AdapterRun, trust_remote_c
     if run.quantization_config is None:
         return set()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     before = {name: type(module) for name, module in model.named_modules()}
     quantizer = AutoHfQuantizer.from_config(run.quantization_config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})

@@ -19,12 +19,13 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..compare import Reading, compare, read_as, token_nll
 from ..data.collator import stop_ids
 from ..errors import DataError, ModelError, explained
+from ..model.architecture import auto_class
 from ..model.cpu import guard_cpu_linear4bit
 from ..model.load import base_of, dequantized_weight
 from ..rollout import generate
@@ -206,7 +207,8 @@ class TrainedModel:
         """Compare the model in `folder`, loaded as any user would, with the trained one."""
         device_map = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
         options = {"dtype": "auto", "device_map": device_map, "trust_remote_code": self._trust, **load}
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=self._trust)
+        model = auto_class(config).from_pretrained(folder, **options).eval()
         guard_cpu_linear4bit(model)
         score = self._score(model, self.tokenizer) if self._score is not None else None
         use_float32_arithmetic(model)

@@ -37,6 +37,15 @@ class Head:
             self.weight, self.bias = module.weight, module.bias
         self.softcap, self.scale = logit_shape(base)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model's own forward makes of hidden states (R, D): (R, V)."""
+        if isinstance(self.weight, torch.Tensor):
+            logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        else:
+            logits = self.weight(hidden)
+        logits = logits.float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 def _in_state(head: nn.Module, which: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """An adapted head that answers with the adapter `which`."""

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -21,6 +20,7 @@ from transformers import (
 
 from ..config import QUANTIZATIONS, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, refuse_pointer
+from .architecture import NOT_QUANTIZED, auto_class, dequantizing, lora_targets, quantized_file_method
 from .cpu import guard_cpu_linear4bit
 from .lora import check_lora, check_names
 
@@ -105,67 +105,39 @@ def load_base(
             :func:`compute_dtype`.
         device: where to put it. Default: the current CUDA device if there is one, else the CPU.
         quantization_config: bitsandbytes settings that replace those of `quantization`.
-        model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+        model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained`` (of a model that is registered as
+            image-text alone: to that class, for its text).
 
     Raises:
-        ModelError: unknown quantization, one that the base is not stored in, or a path that holds no model.
+        ModelError: unknown quantization, a path that holds no model, or files that lack weights or are quantized in
+            another way.
     """
     check_source(name_or_path)
     dtype = dtype or compute_dtype()
+    where = {"trust_remote_code": trust_remote_code, "revision": revision}
+    config = model_kwargs.pop("config", None) or _read_config(name_or_path, {**where, **_only_where(model_kwargs)})
     if quantization_config is None:
         quantization_config = bnb_config(quantization, dtype)
-    check_stored(name_or_path, quantization_config, trust_remote_code=trust_remote_code, revision=revision)
+        if quantization_config is not None and config.model_type in NOT_QUANTIZED:
+            skipped = [*NOT_QUANTIZED[config.model_type], "lm_head"]
+            quantization_config.llm_int8_skip_modules = skipped
+    quantization_config = _settle_quantization(name_or_path, config, quantization_config)
     if quantization_config is not None:
         model_kwargs["quantization_config"] = quantization_config
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
+    model_kwargs["ignore_mismatched_sizes"] = True  # refused below, by name
     with explained(f"model {name_or_path!r} cannot be loaded"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **model_kwargs,
+        model, loading = auto_class(config).from_pretrained(
+            name_or_path, config=config, dtype=dtype, output_loading_info=True, **where, **model_kwargs
         )
-    for key, stored, wanted in sorted(info["mismatched_keys"]):
-        raise ModelError(
-            f"model {name_or_path!r} cannot be loaded: {key} is {tuple(stored)} in its files, but config.json says "
-            f"{tuple(wanted)}."
-        )
+    _check_all_loaded(name_or_path, loading)
     if quantization_config is None and device is not None:
         model.to(device)
     guard_cpu_linear4bit(model)
     model.requires_grad_(False)
     return model.eval()
-
-
-def check_stored(name: str, asked: BitsAndBytesConfig | None, **source: Any) -> None:
-    """That a base whose files are quantized already is asked for in just that quantization.
-
-    Raises:
-        ModelError: names both, and what to set; or the config cannot be read.
-    """
-    with explained(f"model {name!r} cannot be loaded"):
-        stored = getattr(AutoConfig.from_pretrained(name, **source), "quantization_config", None)
-    if stored is None:
-        return
-    if not isinstance(stored, dict):
-        stored = stored.to_dict()
-    method = str(stored.get("quant_method") or "bitsandbytes")
-    if not method.startswith("bitsandbytes"):
-        raise ModelError(
-            f"the files of base {name!r} are quantized by {method!r}; only plain and bitsandbytes weights can be "
-            "trained and merged here. Take the unquantized model."
-        )
-    there, wanted = quantization_name(stored), quantization_name(asked.to_dict() if asked is not None else None)
-    if there != wanted:
-        known = f"set base_quantization to {there}" if there in QUANTIZATIONS else "take the unquantized model"
-        raise ModelError(
-            f"the files of base {name!r} are quantized to {there} already, but {wanted} is asked for; {known}."
-        )
 
 
 def quantization_name(settings: dict[str, Any] | None) -> str:
@@ -175,6 +147,72 @@ def quantization_name(settings: dict[str, Any] | None) -> str:
     if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
         return "int8"
     return str(settings.get("bnb_4bit_quant_type", "nf4"))
+
+
+def _read_config(name: str, where: dict[str, Any]) -> Any:
+    with explained(f"model {name!r} cannot be loaded"):
+        return AutoConfig.from_pretrained(name, **where)
+
+
+def _only_where(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where files are, which the config needs too."""
+    names = ("subfolder", "cache_dir", "token", "gguf_file", "local_files_only", "code_revision")
+    return {name: model_kwargs[name] for name in names if name in model_kwargs}
+
+
+def _settle_quantization(name: str, config: Any, wanted: Any) -> Any:
+    """The quantization that is asked for, against the one that the files have.
+
+    Raises:
+        ModelError: the files are quantized in a way that nothing here can train on, or not as asked.
+    """
+    method = quantized_file_method(config)
+    if method is None:
+        return wanted
+    if method.startswith("bitsandbytes"):
+        _check_stored(name, config, wanted)
+        return wanted
+    dense = dequantizing(method)
+    if dense is None:
+        raise ModelError(
+            f"the files of {name!r} are quantized as {method!r}, on which no LoRA of this tool can be trained and "
+            "merged. Give the unquantized model; it is quantized while it is loaded."
+        )
+    if isinstance(wanted, BitsAndBytesConfig):
+        raise ModelError(
+            f"the files of {name!r} are quantized as {method!r} already, which base_quantization=nf4 or int8 cannot "
+            "quantize again. Set base_quantization to none, which loads them dequantized to 16 bits, or give a 16-bit "
+            "copy of the model."
+        )
+    return wanted if wanted is not None else dense
+
+
+def _check_stored(name: str, config: Any, asked: BitsAndBytesConfig | None) -> None:
+    """Files that bitsandbytes has quantized already are asked for in just that quantization.
+
+    Raises:
+        ModelError: names both, and what to set.
+    """
+    stored = config.quantization_config if isinstance(config.quantization_config, dict) else None
+    stored = stored if stored is not None else config.quantization_config.to_dict()
+    there, wanted = quantization_name(stored), quantization_name(asked.to_dict() if asked is not None else None)
+    if there != wanted:
+        known = f"set base_quantization to {there}" if there in QUANTIZATIONS else "take the unquantized model"
+        raise ModelError(
+            f"the files of base {name!r} are quantized to {there} already, but {wanted} is asked for; {known}."
+        )
+
+
+def _check_all_loaded(name: str, loading: dict[str, Any]) -> None:
+    """Every weight came from the files: what is missing or of another shape would be random numbers."""
+    wrong = [key if isinstance(key, str) else str(key[0]) for key in loading.get("mismatched_keys") or ()]
+    for what, keys in (("lack", sorted(loading.get("missing_keys") or ())), ("hold in another shape", sorted(wrong))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(
+                f"the files of {name!r} {what} {', '.join(keys[:3])}{more}, which would be random numbers. Is the "
+                "download complete, and is config.json that of these weights?"
+            )
 
 
 def load_tokenizer(
@@ -215,13 +253,15 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def default_lora() -> LoraConfig:
-    """r=16, alpha=32, every linear layer but the head, no dropout.
+def default_lora(model: PreTrainedModel | None = None) -> LoraConfig:
+    """r=16, alpha=32, every linear layer of the text model but the head, no dropout.
 
     All linear layers as in QLoRA (arXiv:2305.14314, section 4); alpha = 2r and no dropout: the teacher is this very
-    model without dropout, so dropout would only add noise to the divergence.
+    model without dropout, so dropout would only add noise to the divergence. What `model` has that a LoRA cannot train
+    (:func:`lora_targets`) is left out.
     """
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = lora_targets(model)[0] if model is not None else "all-linear"
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def attach_lora(model: PreTrainedModel, peft_config: PeftConfig | None = None) -> PeftModel:
@@ -231,7 +271,7 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig | None = None) -
         ConfigError, ModelError: see :func:`~pgkd_peft.model.lora.check_lora`, and what PEFT cannot attach.
     """
     if peft_config is None:
-        return get_peft_model(model, default_lora())
+        return get_peft_model(model, default_lora(model))
     check_lora(peft_config)
     assert isinstance(peft_config, LoraConfig)
     check_names(model, peft_config)

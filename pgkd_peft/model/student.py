@@ -13,6 +13,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTra
 from ..config import PrivilegedGKDConfig, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, read_text
 from .adapters import ADAPTER_FILE, STUDENT, load_adapter
+from .architecture import fused_experts, lora_targets, shares
 from .cpu import guard_cpu_linear4bit, use_short_backward
 from .load import attach_lora, base_of, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
 from .lora import check_lora, check_names_of
@@ -148,13 +149,15 @@ def build_student(
             f"model is a {type(model).__name__}; pass a path, a Hub id, a Transformers model or a PeftModel"
         )
     guard_cpu_linear4bit(model)
+    left_out = lora_targets(model)[1] if peft_config is None else []
     student = attach_lora(model, peft_config)
     lora = student.peft_config[STUDENT]
     which = "LoRA" if peft_config is not None else "default LoRA"
     targets = "all linear layers" if peft_config is None else f"{len(lora.target_modules or ())} target modules"
+    targets += f" but {'; '.join(left_out)}" if left_out else ""
     return student, (
         f"{loaded}{which} r={lora.r}, alpha={lora.lora_alpha}, {targets}, dropout {lora.lora_dropout:g}: "
-        f"{student.num_parameters(only_trainable=True):,} trainable parameters"
+        f"{student.num_parameters(only_trainable=True):,} trainable parameters{_coverage(student)}"
     )
 
 
@@ -175,6 +178,14 @@ def check_before_loading(
         assert isinstance(peft_config, LoraConfig)
         trust = (args.model_init_kwargs or {}).get("trust_remote_code", args.trust_remote_code)
         check_names_of(base, peft_config, trust_remote_code=trust, revision=_revision(base, args))
+
+
+def _coverage(student: PeftModel) -> str:
+    """What share of the base is adapted and quantized, said where that is not what one expects."""
+    adapted, quantized = shares(student)
+    experts = sum(param.numel() for param in fused_experts(student))
+    words = f"; LoRA on {adapted:.0%} of the base's weights, {quantized:.0%} quantized"
+    return words + (f"; {experts:,} weights of fused experts stay as they are, in 16 bits" if experts else "")
 
 
 def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:

@@ -17,7 +17,7 @@ NAMES = (
     *("privileged_rows", "privileged_tokens_cut"),
     *("divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob"),
     *(f"seconds_{phase}" for phase in PHASES),
-    "ema_cut_off",
+    *("ema_cut_off", "taken_over"),
 )
 
 
@@ -93,6 +93,8 @@ def means_of(sums: dict[str, float]) -> dict[str, float]:
     mean("truncated_completions", "generated", "truncated")
     mean("on_policy", "rows")
     mean("privileged_rows", "rows")
+    if "taken_over" in sums:
+        mean("taken_over", "completion_tokens")
     seconds = [f"seconds_{phase}" for phase in PHASES]
     for name in (*seconds, "ema_cut_off"):
         if name in sums:
