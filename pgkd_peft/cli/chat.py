@@ -35,6 +35,9 @@ class ChatArguments:
     base_quantization: str | None = field(
         default=None, metadata={"help": "How to load the base: nf4, int8 or none. Default: as in training."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the base, where it needs its own."}
+    )
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -136,7 +139,7 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
     from .eval import collator_of, load_student
 
     run = read_run(folder, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
-    collator = collator_of(run)
+    collator = collator_of(run, trust_remote_code=args.trust_remote_code)
     key = collator.builder.privileged_key
 
     def reads(messages: list[dict], *, privileged: bool) -> list[int]:
@@ -144,7 +147,7 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
         return collator.encode(row)["teacher_ids" if privileged else "student_ids"]
 
     reads([{"role": "user", "content": args.message or "Hello"}], privileged=args.privileged is not None)
-    model = load_student(run)
+    model = load_student(run, trust_remote_code=args.trust_remote_code)
 
     def column(name: str, which: str, *, privileged: bool = False) -> Speaker:
         return Speaker(name, model, lambda: adapter_state(model, which), lambda m: reads(m, privileged=privileged))
@@ -163,11 +166,13 @@ def _merged(folder: str, args: ChatArguments) -> tuple[list[Speaker], dict[str, 
 
     if args.privileged is not None:
         raise ConfigError(f"{folder!r} is a merged model: there is no base beside it that could read --privileged.")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
     if tokenizer.chat_template is None:
         raise ModelError(f"the tokenizer of {folder!r} has no chat template, so there is no way to talk to it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_base(folder, quantization=args.base_quantization or "none", device=device).eval()
+    model = load_base(
+        folder, quantization=args.base_quantization or "none", device=device, trust_remote_code=args.trust_remote_code
+    )
 
     def reads(messages: list[dict]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
