@@ -18,15 +18,13 @@ import torch
 from datasets import IterableDataset
 from transformers import SchedulerType
 
+from .compare import read, token_nll
 from .config import PrivilegedGKDConfig
 from .data.collator import DataCollatorForPrivilegedGKD
 from .data.row import parse_privileged
-from .divergence import linear_jsd
 from .errors import DataError
 from .model.head import Head
 from .model.rates import lora_learning_rate
-from .rows import Row
-from .scoring import score_teacher
 from .teacher import Teacher
 
 ENOUGH_STEPS = 150
@@ -205,26 +203,10 @@ def answer_losses(
     made = []
     for row in rows:
         encoded = collator.encode(row)
-        made.append(Row(encoded["student_ids"], encoded["teacher_ids"], encoded["completion_ids"], True, 0))
+        made.append((encoded["teacher_ids"], encoded["completion_ids"]))
     with teacher.weights() as model:
-        score_teacher(model, made, collator.pad_token_id)
-    losses = []
-    for row in made:
-        hidden = row.teacher_hidden
-        assert hidden is not None
-        ids = torch.tensor(row.completion, device=hidden.device)
-        result = linear_jsd(
-            hidden,
-            hidden,
-            head.weight,
-            head_bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.scale,
-            sampled_ids=ids,
-        )
-        assert result.sampled_logprob is not None
-        losses.append(-float(result.sampled_logprob.mean()))
-    return losses
+        reading = read(model, made, collator.pad_token_id, head=head)
+    return [float(nll.mean()) for nll in token_nll(reading, [completion for _, completion in made])]
 
 
 def clearly_less(values: Sequence[float], others: Sequence[float]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from transformers import TrainerCallback
 
 from .rollout import generate
 from .rows import Row
+from .run.folder import COMPLETIONS_FILE
+from .run.jsonl import append_lines
 from .trace import append_traces, trace_rows
-
-LOG_FILE = "completions.jsonl"
 
 
 class RolloutLogCallback(TrainerCallback):
@@ -31,10 +30,7 @@ class RolloutLogCallback(TrainerCallback):
             return
         rows = _distinct(self.trainer.last_rows)[: args.rollout_log_samples]
         records = self.answer(rows, state.global_step)
-        path = Path(args.output_dir) / LOG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        append_lines(Path(args.output_dir) / COMPLETIONS_FILE, records)
         append_traces(args.output_dir, trace_rows(self.trainer, rows), state.global_step)
         show(records, args.rollout_log_max_chars)
 

@@ -34,9 +34,11 @@ def add_hidden_states_forward(base: PreTrainedModel) -> None:
     """Let ``model(..., hidden_mask=mask)`` return the last hidden states at `mask` (N, D) instead of logits.
 
     The backbone runs through the model's own ``forward``, so autocast, DDP hooks and checkpointing apply; the head
-    does not run. Without `hidden_mask` the forward is the original one.
+    does not run. Without `hidden_mask` the forward is the original one. A second call changes nothing.
     """
     original = base.forward
+    if getattr(original, "gives_hidden_states", False):
+        return
 
     @functools.wraps(type(base).forward)
     def forward(self: PreTrainedModel, *args: Any, hidden_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -45,6 +47,7 @@ def add_hidden_states_forward(base: PreTrainedModel) -> None:
         kwargs.setdefault("use_cache", False)
         return backbone_of(self)(*args, **kwargs).last_hidden_state[hidden_mask]
 
+    forward.gives_hidden_states = True  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)
 
 

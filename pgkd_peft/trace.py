@@ -5,25 +5,21 @@ Shapes: N completion tokens of one row, V vocabulary, K kept candidates.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from .compare import Reading, compare, read
 from .data.tokens import decode, token_texts
-from .divergence import jsd_between
 from .model.adapters import adapter_state
+from .model.head import Head
 from .rows import Row
+from .run.folder import TRACE_FILE
 from .run.jsonl import append_lines
-from .scoring import score_teacher
 
-if TYPE_CHECKING:
-    from .model.head import Head
-
-TRACE_FILE = "traces.jsonl"
 TOP = 5
 
 
@@ -42,10 +38,12 @@ def trace_rows(trainer: Any, rows: Sequence[Row], *, top: int = TOP) -> list[dic
     """
     tokenizer = trainer.processing_class
     records = []
-    for row, (student, teacher) in zip(rows, hidden_of_both(trainer, rows)):
-        divergence = token_divergence(trainer, student, teacher, beta=trainer.beta)
-        student_p, student_top = _candidates(trainer, student, trainer.head, row.completion, top)
-        teacher_p, teacher_top = _candidates(trainer, teacher, trainer.teacher_head, row.completion, top)
+    student, teacher = read_both(trainer, rows)
+    for i, row in enumerate(rows):
+        mine, theirs = student.some([i]), teacher.some([i])
+        divergence = token_divergence(trainer, mine, theirs, beta=trainer.beta)
+        student_p, student_top = _candidates(trainer, mine, row.completion, top)
+        teacher_p, teacher_top = _candidates(trainer, theirs, row.completion, top)
         kept = set(range(len(row.completion))[row.keep])
         records.append(
             {
@@ -66,47 +64,38 @@ def trace_rows(trainer: Any, rows: Sequence[Row], *, top: int = TOP) -> list[dic
     return records
 
 
-@torch.no_grad()
-def hidden_of_both(trainer: Any, rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The student's and the teacher's hidden states (N, D) at every completion token of each row."""
-    own = [dataclasses.replace(row, teacher_prompt=row.prompt, keep=slice(None), teacher_hidden=None) for row in rows]
-    better = [dataclasses.replace(row, keep=slice(None), teacher_hidden=None) for row in rows]
-    with adapter_state(trainer.model, "shared") as student:
-        score_teacher(student, own, trainer.pad_id)
-    with trainer.teacher.weights() as teacher:
-        score_teacher(teacher, better, trainer.pad_id)
-    hidden = []
-    for a, b in zip(own, better):
-        assert a.teacher_hidden is not None
-        assert b.teacher_hidden is not None
-        hidden.append((a.teacher_hidden, b.teacher_hidden))
-    return hidden
+def read_both(trainer: Any, rows: Sequence[Row]) -> tuple[Reading, Reading]:
+    """How the student, after its own prompt, and the teacher, after its, read every completion token."""
+    with adapter_state(trainer.model, "shared") as model:
+        own = [(row.prompt, row.completion) for row in rows]
+        student = read(model, own, trainer.pad_id, head=trainer.head)
+    with trainer.teacher.weights() as model:
+        better = [(row.teacher_prompt, row.completion) for row in rows]
+        return student, read(model, better, trainer.pad_id, head=trainer.teacher_head)
 
 
-@torch.no_grad()
-def token_divergence(trainer: Any, student: torch.Tensor, teacher: torch.Tensor, *, beta: float) -> torch.Tensor:
+def token_divergence(trainer: Any, student: Reading, teacher: Reading, *, beta: float) -> torch.Tensor:
     """The loss's divergence (N,) in nats, without its clip; `beta` 0 is KL(teacher || student)."""
-    args, head, teacher_head = trainer.args, trainer.head, trainer.teacher_head
-    return jsd_between(
-        student,
-        head,
+    args = trainer.args
+    return compare(
         teacher,
-        teacher_head,
+        student,
         beta=beta,
         temperature=args.loss_temperature,
         normalize=args.normalize_beta,
         top_k=args.loss_top_k,
         chunk_mib=args.loss_chunk_mib,
-    ).divergence.detach()
+    ).divergence
 
 
 @torch.no_grad()
 def _candidates(
-    trainer: Any, hidden: torch.Tensor, head: Head, completion: list[int], top: int
+    trainer: Any, reading: Reading, completion: list[int], top: int
 ) -> tuple[list[float], list[list[list[Any]]]]:
     """Each token's own probability, and the likeliest tokens there as [text, probability]."""
     own: list[float] = []
     likeliest: list[list[list[Any]]] = []
+    head, hidden = reading.head, torch.cat(reading.hidden)
     vocabulary = head.weight.shape[0] if isinstance(head.weight, torch.Tensor) else 2**17
     rows = max(1, int(trainer.args.loss_chunk_mib * 2**20 // (vocabulary * 8)))
     for start in range(0, len(hidden), rows):

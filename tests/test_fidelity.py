@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +18,8 @@ from pgkd_peft.export.adapter import read_run
 from pgkd_peft.export.rounding import Surviving
 from pgkd_peft.export.verify import (
     Prompts,
-    Sequence,
     TrainedModel,
     build_sequences,
-    kl_per_token,
-    log_probs,
     read_prompts,
     use_float32_arithmetic,
 )
@@ -50,24 +49,6 @@ def test_float32_arithmetic_is_that_of_the_dense_model(tmp_path, kind, quantizat
     assert (without - expected).abs().max() > 1e-2  # and an adapter to see
 
 
-def test_kl_is_that_of_the_definition():
-    torch.manual_seed(0)
-    p, q = (torch.randn(3, 17, dtype=torch.float64).log_softmax(-1) for _ in range(2))
-    expected = [sum(math.exp(a) * (a - b) for a, b in zip(p[i].tolist(), q[i].tolist())) for i in range(3)]
-    torch.testing.assert_close(kl_per_token(p.float(), q.float()), torch.tensor(expected).double(), rtol=1e-5, atol=0)
-    assert kl_per_token(p, p).abs().max() < 1e-12
-    assert (kl_per_token(p, q) - kl_per_token(q, p)).abs().max() > 1e-2  # the direction matters
-
-
-def test_log_probs_are_of_the_tokens_from_start_on():
-    model = tiny_model("llama")
-    ids = IDS[0].tolist()
-    with torch.no_grad():
-        (rows,) = log_probs(model, [Sequence(tuple(ids), 5, False)])
-        full = model(IDS).logits.log_softmax(-1)[0]
-    torch.testing.assert_close(rows, full[4:7], rtol=1e-5, atol=1e-5)
-
-
 def test_greedy_continuations_are_argmax_of_unpadded_forwards():
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     model.generation_config.repetition_penalty = 1.7  # a model's own habits must not enter
@@ -93,21 +74,20 @@ def test_a_rows_own_answer_is_a_sequence_too():
     assert own.ids[: own.start] == greedy.ids[: greedy.start]
 
 
-def test_trained_model_against_itself_its_base_and_its_answers(tmp_path):
+def test_trained_model_against_itself_its_base_and_its_answers(tmp_path, monkeypatch):
     base = save_tiny(tmp_path / "base")
     adapter = save_adapter(tmp_path / "run", base, lora())
     prompts = tmp_path / "p.jsonl"
     row = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]}
     prompts.write_text(json.dumps(row) + "\nWhat is up?\n")
     run = read_run(adapter)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
     held = load_base(base, dtype=torch.bfloat16)
     dense = PeftModel.from_pretrained(dense_copy(held, base), adapter).eval()
     with TrainedModel(run, byte_tokenizer(), read_prompts(run, str(prompts)), max_new_tokens=5) as trained:
-        folder = trained._folder
-        with torch.no_grad():
-            same = trained.compare(log_probs(dense, trained.sequences))
-            with dense.disable_adapter():
-                other = trained.compare(log_probs(dense, trained.sequences))
+        same = trained.compare(trained.read(dense))
+        other = trained.compare(trained.read(dense, "disabled"))
         assert same.kl_max < 1e-6
         assert same.top1_agreement == 1.0
         assert same.tokens == sum(len(s.ids) - s.start for s in trained.sequences)
@@ -115,7 +95,7 @@ def test_trained_model_against_itself_its_base_and_its_answers(tmp_path):
         assert trained.adapter_effect == pytest.approx(other.kl_mean, rel=1e-3)
         assert other.top1_agreement < 1.0
         assert 1e-7 < trained.arithmetic_floor < 0.1 * trained.adapter_effect
-    assert not folder.exists()
+    assert list(Path(tempfile.gettempdir()).iterdir()) == []  # nothing of it went to the disk
 
 
 def test_prompts_from_a_file_the_run_or_the_neutral_set(tmp_path):

@@ -32,8 +32,8 @@ from pgkd_peft.run.checkpoint import (
     verify,
 )
 from pgkd_peft.run.health import HealthCallback
+from pgkd_peft.run.jsonl import drop_after
 from pgkd_peft.run.memory import OutOfMemoryError, is_out_of_memory, memory_for
-from pgkd_peft.run.resume import trim_log
 from pgkd_peft.trainer import NonFiniteLossError
 
 SHORT = {"max_steps": 4, "lmbda": 0.0, "rollout_log_steps": 0, "logging_steps": 1}
@@ -157,7 +157,7 @@ def test_save_total_limit_and_the_best_model(base, tmp_path):
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "completions.jsonl"
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-    trim_log(path, 4)
+    drop_after(path, 4)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 

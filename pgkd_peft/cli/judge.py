@@ -10,8 +10,8 @@ from ..data.collator import DataCollatorForPrivilegedGKD
 from ..data.holdout import trained_on
 from ..errors import DataError
 from ..evaluation.scorers import Scorer, check_scorable, make_scorer
-from ..run.info import TRAINED_FILE
-from .results import RESULTS_FILE, answers_file, show, update_card, write_results
+from ..run.folder import CARD_FILE, RESULTS_FILE, TRAINED_FILE
+from .results import answers_file, show, update_card, write_results
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,5 +95,5 @@ def judge(trainer: RunTrainer, held_out: Dataset, data: DataArguments) -> None:
     if len(rows) < len(held_out):
         told["limit"] = len(rows)
     out = write_results(result, folder / RESULTS_FILE, told)
-    update_card(folder / "README.md", result, told)
+    update_card(folder / CARD_FILE, result, told)
     console.print(f"Results: {out}; every answer: {answers_file(out)}")

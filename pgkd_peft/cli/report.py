@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..view.report import REPORT_FILE, write_report
+from ..run.folder import REPORT_FILE
+from ..view.report import write_report
 
 
 def main(argv: Sequence[str]) -> int:

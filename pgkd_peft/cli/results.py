@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.controls import CONTROLS
-from ..run.jsonl import read_json
+from ..run.folder import ANSWERS_FILE, RESULTS_FILE
+from ..run.jsonl import as_line, read_json, write_json, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..evaluation.answers import Drift, Evaluation
-
-RESULTS_FILE = "eval_results.json"
-ANSWERS_FILE = "eval_answers.jsonl"
 
 
 def add_drift(result: Evaluation, drift: Drift) -> None:
@@ -190,10 +187,8 @@ def write_results(result: Evaluation, path: Path, settings: Mapping[str, Any]) -
     """
     if settings.get("limit") and is_full(path):
         path = path.with_name(f"{path.stem}_first_{settings['limit']}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result.summary(), **settings}, indent=2) + "\n", encoding="utf-8")
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records()]
-    answers_file(path).write_text("".join(lines), encoding="utf-8")
+    write_json(path, {**result.summary(), **settings})
+    write_whole(answers_file(path), "".join(map(as_line, result.records())))
     return path
 
 

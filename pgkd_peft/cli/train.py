@@ -13,8 +13,8 @@ from ..config import PrivilegedGKDConfig
 from ..data.holdout import hold_out, write_rows, write_trained
 from ..data.named import load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
-from ..run.checkpoint import ADAPTER_FILE, check_run_folder, clear_run_folder, explain_full_disk, finished_at
-from ..run.info import RUN_FILE
+from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at
+from ..run.folder import ADAPTER_FILE, CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
 from ..run.jsonl import read_json
 from ..run.place import locked
 from .arguments import (
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE = "recipe.yaml"
 HOLDOUT_ROWS = 64
 ROLLOUT_LOG_STEPS = 25
 NOT_IN_RECIPE = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
@@ -116,7 +115,6 @@ def _run(
     if config.is_open("rollout_log_steps"):
         config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
-    from ..run.info import HOLDOUT_FILE, TRAINED_FILE
     from ..view.progress import Watch
     from ..view.terminal import MetricsFileCallback, install
 
@@ -147,7 +145,7 @@ def _run(
     trainer.run_info.finished = True
     trainer.save_model()
     if data.control is not None and trainer.is_world_process_zero():
-        mark_card(folder / "README.md", data.control)
+        mark_card(folder / CARD_FILE, data.control)
     if config.push_to_hub:
         with explained(f"the run is in {folder}, but cannot be pushed to the Hub", ConfigError):
             trainer.push_to_hub(dataset_name=data.dataset_name)
@@ -320,8 +318,8 @@ def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
 
 def recipe_folder(adapter: Path) -> Path | None:
     """The folder with the recipe of the run that an adapter folder (or checkpoint) belongs to; None without one."""
-    places = [adapter, adapter.parent] if adapter.name.startswith("checkpoint") else [adapter]
-    return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
+    recipe = find_in_run(adapter, RECIPE_FILE)
+    return recipe.parent if recipe is not None else None
 
 
 def mark_card(path: Path, control: str) -> None:

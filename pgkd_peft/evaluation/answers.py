@@ -3,7 +3,6 @@
 Four columns, one adapter: the base, the base with PI (the teacher), the student, and the student with PI. All of them
 answer greedily, so that they differ by what they know.
 
-Shapes: R rows of one sub-batch, C longest completion, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..compare import compare, read, read_as, token_nll
 from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from ..model.adapters import adapter_state
 from ..model.load import base_of
@@ -336,41 +336,10 @@ def measure_drift(
     """
     if continued is None:
         continued = continuations(model, collator, rows, max_new_tokens=max_new_tokens)
-    kl_sum, agree, tokens = 0.0, 0, 0
-    ordered = sorted(continued, key=lambda row: len(row[0]) + len(row[1]))
-    for start in range(0, len(ordered), rows_at_once):
-        part = ordered[start : start + rows_at_once]
-        with adapter_state(model, "disabled") as base:
-            before = _log_probs(base, part, collator.pad_token_id)  # (N, V)
-        with adapter_state(model, "shared") as student:
-            after = _log_probs(student, part, collator.pad_token_id)
-        kl_sum += (before.exp() * (before - after)).sum(-1).double().sum().item()
-        agree += int((before.argmax(-1) == after.argmax(-1)).sum())
-        tokens += len(before)
-    return Drift(kl_sum / tokens, agree / tokens, tokens, len(ordered))
-
-
-def _log_probs(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> torch.Tensor:
-    """Log-probabilities in float32 at every completion token of all rows (N, V).
-
-    Rows are padded on the left, so the last C + 1 positions hold all that is needed: no other logits are made.
-    """
-    device = next(model.parameters()).device
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-    width = max(len(completion) for _, completion in rows)  # C
-    pads = [longest - len(prompt) - len(completion) for prompt, completion in rows]
-    ids = torch.tensor([[pad_id] * pad + prompt + completion for pad, (prompt, completion) in zip(pads, rows)])
-    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])  # (R, T)
-    logits = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-        use_cache=False,
-        # what predicts the last C tokens; indices, because a slice is not dense and torch then copies the head R times
-        logits_to_keep=torch.arange(longest - width - 1, longest - 1, device=device),
-    ).logits  # (R, C, V)
-    kept = [logits[i, width - len(completion) :] for i, (_, completion) in enumerate(rows)]
-    return torch.cat(kept).float().log_softmax(-1)
+    pad_id = collator.pad_token_id
+    base, student = (read_as(model, which, continued, pad_id, at_once=rows_at_once) for which in ("disabled", "shared"))
+    found = compare(base, student)
+    return Drift(float(found.divergence.mean()), float(found.agreement.mean()), len(found.divergence), len(continued))
 
 
 @torch.no_grad()
@@ -385,9 +354,8 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int = 1024, stri
     total, done, start = 0.0, 1, 0
     while done < len(ids):
         end = min(start + window, len(ids))
-        new = end - done
-        log_probs = _log_probs(model, [(list(ids[start:done]), list(ids[done:end]))], pad_id=0)  # (new, V)
-        total -= log_probs[torch.arange(new), torch.tensor(ids[done:end], device=log_probs.device)].sum().item()
+        reading = read(model, [(list(ids[start:done]), list(ids[done:end]))], pad_id=0)
+        total += float(token_nll(reading, [ids[done:end]])[0].sum())
         done = end
         start += stride
     return math.exp(total / (len(ids) - 1))

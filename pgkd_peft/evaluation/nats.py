@@ -6,8 +6,6 @@ The teacher (the base with PI) answers; base, teacher and student then read prom
 
 is 0 where the student finds the answers as surprising as the base does, and 1 where it expects them as the teacher
 does. NLL is the sum of -log p over all answer tokens (the end of turn included), without PI for base and student.
-
-Shapes: N answer tokens of a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,14 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
+from ..compare import read, token_nll
 from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from ..model.adapters import adapter_state
 from ..model.load import base_of
 from ..rollout import generate
-from .answers import Interval, _log_probs, bootstrap_recovered
+from .answers import Interval, bootstrap_recovered
 
 SMALLEST_GAP = 0.01
 """Nats a token below which the PI changes next to nothing, and no share of it can be told."""
@@ -79,21 +77,14 @@ def teacher_answers(
         return generate(base, prompts, max_new_tokens=max_new_tokens, stop_ids=stops, pad_id=collator.pad_token_id)
 
 
-@torch.no_grad()
 def answer_nll(
-    weights: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, rows_at_once: int = 8
+    weights: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int
 ) -> np.ndarray:
     """Summed -log p of each answer after its prompt, in nats: (rows,)."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    losses = np.zeros(len(prompts))
-    for start in range(0, len(order), rows_at_once):
-        part = order[start : start + rows_at_once]
-        log_probs_NV = _log_probs(weights, [(prompts[i], answers[i]) for i in part], pad_id)
-        ids = torch.tensor([token for i in part for token in answers[i]], device=log_probs_NV.device)
-        found = -log_probs_NV.gather(-1, ids[:, None]).squeeze(-1).double().cpu()
-        for i, values in zip(part, found.split([len(answers[i]) for i in part])):
-            losses[i] = values.sum().item()
-    return losses
+    if not answers:
+        return np.zeros(0)
+    reading = read(weights, list(zip(prompts, answers)), pad_id)
+    return np.array([float(losses.sum()) for losses in token_nll(reading, answers)])
 
 
 def recovered_nats(
@@ -145,6 +136,7 @@ def recovered_nats(
     interval = None
     if samples and recovered is not None:
         names = [groups[i] for i in used] if groups is not None else None
-        interval = bootstrap_recovered(-base, -teacher, -student, groups=names, samples=samples, seed=seed)
+        scores = [(-losses).tolist() for losses in (base, teacher, student)]
+        interval = bootstrap_recovered(*scores, groups=names, samples=samples, seed=seed)
     before, with_pi, after = (float(values.sum() / tokens) for values in (base, teacher, student))
     return Nats(recovered, interval, before, with_pi, after, rows=len(used), tokens=tokens)

@@ -26,7 +26,7 @@ from ..model.adapters import adapter_state
 from ..rollout import generate
 from ..rows import Row, rows_of
 from ..run.memory import OutOfMemoryError, is_out_of_memory
-from ..trace import hidden_of_both, token_divergence
+from ..trace import read_both, token_divergence
 from ..trainer import PrivilegedSelfDistillTrainer
 from .scorers import Scorer, make_scorer
 
@@ -118,8 +118,7 @@ def measure_effect(trainer: ProbeTrainer, rows: Any, scorer: Scorer | None) -> E
         better = generate(model, [row.teacher_prompt for row in some], **settings)
     for row, completion in zip(some, own):
         row.completion = completion
-    divergences = [token_divergence(trainer, *pair, beta=0.0) for pair in hidden_of_both(trainer, some)]
-    values = torch.cat(divergences).double().cpu()
+    values = token_divergence(trainer, *read_both(trainer, some), beta=0.0)
     tokenizer = trainer.processing_class
     texts = [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers] for answers in (own, better)]
     scores = None

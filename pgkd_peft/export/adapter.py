@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from transformers import BitsAndBytesConfig
 
 from ..config import QUANTIZATIONS, compute_dtype
@@ -21,6 +19,7 @@ from ..model.cpu import guard_cpu_linear4bit
 from ..model.frozen import FrozenCheck
 from ..model.load import bnb_config, load_base, tensor_shapes
 from ..model.lora import BASE_CHANGING_INITS
+from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, RESULTS_FILE, RUN_FILE, SUMMARY_FILE, find_in_run
 
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
 
@@ -53,7 +52,7 @@ class AdapterRun:
         dtype: of the weights that are not quantized, and of those that are before they were quantized.
         assumed: one sentence for each thing that no file says and that was therefore assumed.
         info: run.json, {} when there is none.
-        results: summary.json (base, teacher, student, recovered, n, drift), {} when there is none.
+        results: eval_results.json, else the demo's summary.json (base, teacher, student, recovered, n, drift), else {}.
     """
 
     folder: Path
@@ -99,13 +98,14 @@ def read_run(
     config = read_object(folder / ADAPTER_CONFIG)
     _check_adapter_config(config, folder)
     tensor_shapes(folder / ADAPTER_FILE)  # whole, before anything is loaded
-    run_folder, info = _find_json(folder, "run.json")
+    run_folder, info = _find_json(folder, RUN_FILE)
     for key, kind in INFO_TYPES.items():
         if info.get(key) is not None and not isinstance(info[key], kind):
             raise ModelError(
-                f"{run_folder}/run.json is damaged: {key} is {info[key]!r}, expected is a {kind.__name__}."
+                f"{run_folder}/{RUN_FILE} is damaged: {key} is {info[key]!r}, expected is a {kind.__name__}."
             )
-    _, results = _find_json(folder, "summary.json", "eval_results.json")
+    # Whatever is judged writes eval_results.json; the demo's own summary may be older than the last judgement.
+    _, results = _find_json(folder, RESULTS_FILE, SUMMARY_FILE)
     base_name = base_model or config.get("base_model_name_or_path")
     if not base_name:
         raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Give --base-model.")
@@ -238,13 +238,9 @@ def _check_adapter_config(config: dict[str, Any], folder: Path) -> None:
 
 
 def _find_json(folder: Path, *names: str) -> tuple[Path | None, dict[str, Any]]:
-    """The first of `names` in the folder, or in the one above it when the folder is a checkpoint of a run."""
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint") else [folder]
-    for place in places:
-        for name in names:
-            if (place / name).is_file():
-                return place, read_object(place / name)
-    return None, {}
+    """The first of `names` that the folder has, or the one above it when the folder is a checkpoint of a run."""
+    path = next(filter(None, (find_in_run(folder, name) for name in names)), None)
+    return (None, {}) if path is None else (path.parent, read_object(path))
 
 
 # ---- the model that was trained --------------------------------------------------------------------------------------

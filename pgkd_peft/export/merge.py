@@ -15,9 +15,10 @@ from safetensors import safe_open
 
 from ..errors import ConfigError
 from ..model.load import load_base
+from ..run.folder import ADAPTER_FILE, CARD_FILE
 from ..run.place import check_writable
 from . import card as publish
-from .adapter import ADAPTER_FILE, AdapterRun, read_run, wrong_base
+from .adapter import AdapterRun, read_run, wrong_base
 from .merge_report import MergeReport, merged_card, recommend, survived
 from .merged_weights import BASES, MergedWeights
 from .rounding import Surviving
@@ -126,7 +127,7 @@ def merge_adapter(
     try:
         _enter_survived(report, *survived, log)
         if requantize is not None:
-            folder = _requantize(report, folder, requantize, force)
+            folder = _requantize(report, folder, requantize, force, trust_remote_code)
     except (VerificationError, ConfigError):
         shutil.rmtree(folder)  # refused for good: nothing there is worth keeping
         raise
@@ -144,7 +145,7 @@ def merge_adapter(
                 _measure_other(report, trained, folder, trust_remote_code, log)
         _judge(report, rows, tolerance, log)
     report.seconds = time.time() - started
-    (folder / "README.md").write_text(merged_card(report, run), encoding="utf-8")
+    (folder / CARD_FILE).write_text(merged_card(report, run), encoding="utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if report.passed is False:
         raise VerificationError(_failure(report, run, folder), report)
@@ -193,7 +194,7 @@ def _enter_survived(report: MergeReport, cast: Surviving, four_bit: Surviving, l
         log(f"Merged into 4-bit weights, {survived(four_bit.share, four_bit.noise)} would have survived.")
 
 
-def _requantize(report: MergeReport, folder: Path, kind: str, force: bool) -> Path:
+def _requantize(report: MergeReport, folder: Path, kind: str, force: bool, trust_remote_code: bool) -> Path:
     """Store the merged model quantized again, beside `folder`; refused unless forced."""
     if not force:
         raise ConfigError(
@@ -203,7 +204,8 @@ def _requantize(report: MergeReport, folder: Path, kind: str, force: bool) -> Pa
             "same, and measures the result."
         )
     quantized = folder.with_name(f"{folder.name}-{kind}")
-    load_base(str(folder), quantization=kind, dtype=DTYPES[report.dtype]).save_pretrained(quantized)
+    how = {"dtype": DTYPES[report.dtype], "trust_remote_code": trust_remote_code}
+    load_base(str(folder), quantization=kind, **how).save_pretrained(quantized)
     for path in folder.iterdir():
         if path.suffix != ".safetensors" and not (quantized / path.name).exists() and "index" not in path.name:
             shutil.copyfile(path, quantized / path.name)

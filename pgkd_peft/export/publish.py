@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GgufConfig
 
 from ..errors import ConfigError, ModelError
+from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, CARD_FILE, TOKENIZER_FILE
 from ..run.place import check_writable
 from . import card as publish
-from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun, check_base, load_trained, read_run, wrong_base
+from .adapter import AdapterRun, check_base, load_trained, read_run, wrong_base
 from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
 from .merge import TOLERANCE, VerificationError
 from .merged_weights import BASES, MergedWeights
@@ -146,7 +147,7 @@ def _export_peft(run: AdapterRun, target: Path, identity: str) -> None:
         config["revision"] = None  # it was that of another source
     (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_tokenizer(run, staging)
-    (staging / "README.md").write_text(publish.adapter_card(run, identity), encoding="utf-8")
+    (staging / CARD_FILE).write_text(publish.adapter_card(run, identity), encoding="utf-8")
     saved = load_file(staging / ADAPTER_FILE)
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
@@ -159,7 +160,7 @@ def _export_peft(run: AdapterRun, target: Path, identity: str) -> None:
 
 def _refuse_local_paths(content: Any, path: Path, key: str = "") -> None:
     """Raises ModelError when a setting in a file to be published is an absolute path."""
-    if isinstance(content, dict) and path.name != "tokenizer.json":
+    if isinstance(content, dict) and path.name != TOKENIZER_FILE:
         for name, value in content.items():
             _refuse_local_paths(value, path, name)
     elif isinstance(content, str) and len(content) > 1 and Path(content).is_absolute():

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,13 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from ..compare import Reading, compare, read_as, token_nll
 from ..data.collator import stop_ids
-from ..errors import DataError, explained
+from ..errors import DataError, ModelError, explained
 from ..model.architecture import auto_class
 from ..model.cpu import guard_cpu_linear4bit
 from ..model.load import base_of, dequantized_weight
@@ -145,9 +142,10 @@ def _prompt_row(line: str) -> dict[str, Any]:
 
 
 class TrainedModel:
-    """The trained model's answers and log-probabilities, computed once and kept on disk for any number of comparisons.
+    """The trained model's answers and hidden states, computed once and kept for any number of comparisons.
 
-    Use it as a context manager: the log-probabilities take tokens x vocabulary x 4 bytes of temporary disk space.
+    Use it as a context manager. What is kept are hidden states and the head, not log-probabilities, which are larger by
+    vocabulary / width (40 times and more); they exist in chunks, in float64, while two models are compared.
 
     Attributes:
         arithmetic_floor: mean KL between the trained model in float32 arithmetic and the same model as it ran in
@@ -170,22 +168,18 @@ class TrainedModel:
         self.run, self.tokenizer, self.prompts = run, tokenizer, prompts
         self.max_new_tokens, self._score, self._trust = max_new_tokens, score, trust_remote_code
         self.sequences: list[Sequence] = []
+        self.trained: Reading
         self.arithmetic_floor = self.adapter_effect = float("nan")
         self.answer_nll: float | None = None
         self.score: float | None = None
         self.base_matches: bool | None = None
 
     def __enter__(self) -> TrainedModel:
-        self._folder = Path(tempfile.mkdtemp(prefix="pgkd-fidelity-"))
-        try:
-            self._measure_trained()
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+        self._measure_trained()
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        del self.trained
 
     @torch.no_grad()
     def _measure_trained(self) -> None:
@@ -195,26 +189,18 @@ class TrainedModel:
         self.sequences = build_sequences(model, self.tokenizer, self.prompts, self.max_new_tokens)
         if self._score is not None:
             self.score = self._score(model, self.tokenizer)
-        for i, as_run in enumerate(log_probs(model, self.sequences)):
-            save_file({"as_run": as_run}, self._folder / f"{i}.as_run")
+        as_run = self.read(model)
         use_float32_arithmetic(model)
-        for i, trained in enumerate(log_probs(model, self.sequences)):
-            save_file({"trained": trained}, self._folder / f"{i}.trained")
-        floor = [
-            kl_per_token(trained, load_file(self._folder / f"{i}.as_run")["as_run"])
-            for i, trained in enumerate(self._trained())
-        ]
-        self.arithmetic_floor = torch.cat(floor).mean().item()
-        for file in self._folder.glob("*.as_run"):
-            file.unlink()
-        with model.disable_adapter():
-            effect = self.compare(log_probs(model, self.sequences))
-        self.adapter_effect = effect.kl_mean
-        self.answer_nll = self.compare(self._trained()).answer_nll
+        self.trained = self.read(model)
+        check_reading(model, self.sequences[0], self.trained)
+        self.arithmetic_floor = self.compare(as_run).kl_mean
+        self.adapter_effect = self.compare(self.read(model, "disabled")).kl_mean
+        self.answer_nll = self.compare(self.trained).answer_nll
 
-    def _trained(self) -> Iterator[torch.Tensor]:
-        for i in range(len(self.sequences)):
-            yield load_file(self._folder / f"{i}.trained")["trained"]
+    def read(self, model: nn.Module, which: str = "shared") -> Reading:
+        """How a model reads the sequences, in float64 from its last hidden states on."""
+        pairs = [(list(s.ids[: s.start]), list(s.ids[s.start :])) for s in self.sequences]
+        return read_as(model, which, pairs, pad_id=0, at_once=1).exact()
 
     @torch.no_grad()
     def measure(self, folder: str | Path, **load: Any) -> Fidelity:
@@ -226,46 +212,53 @@ class TrainedModel:
         guard_cpu_linear4bit(model)
         score = self._score(model, self.tokenizer) if self._score is not None else None
         use_float32_arithmetic(model)
-        return self.compare(log_probs(model, self.sequences), score)
+        reading = self.read(model)
+        check_reading(model, self.sequences[0], reading)
+        return self.compare(reading, score)
 
-    def compare(self, others: Iterator[torch.Tensor], score: float | None = None) -> Fidelity:
-        """`others` are another model's log-probabilities (N, V) of the same sequences."""
-        divergences, agreements, nlls = [], [], []
-        for sequence, trained, other in zip(self.sequences, self._trained(), others, strict=True):
-            divergences.append(kl_per_token(trained, other))
-            agreements.append(trained.argmax(-1) == other.argmax(-1))
-            if sequence.from_row:
-                target = torch.tensor(sequence.ids[sequence.start :])
-                nlls.append(-other.gather(-1, target[:, None])[:, 0])
-        kl, agreement = torch.cat(divergences), torch.cat(agreements)
+    def compare(self, other: Reading, score: float | None = None) -> Fidelity:
+        """How far another model, by its reading of the same sequences, is from the trained one."""
+        found = compare(self.trained, other)
+        from_rows = [i for i, sequence in enumerate(self.sequences) if sequence.from_row]
+        nll = None
+        if from_rows:
+            answers = [self.sequences[i].ids[self.sequences[i].start :] for i in from_rows]
+            nll = torch.cat(token_nll(other.some(from_rows), answers)).mean().item()
         return Fidelity(
-            kl_mean=kl.mean().item(),
-            kl_p99=kl.quantile(0.99).item(),
-            kl_max=kl.max().item(),
-            top1_agreement=agreement.double().mean().item(),
-            tokens=len(kl),
+            kl_mean=found.divergence.mean().item(),
+            kl_p99=found.divergence.quantile(0.99).item(),
+            kl_max=found.divergence.max().item(),
+            top1_agreement=found.agreement.mean().item(),
+            tokens=len(found.divergence),
             sequences=len(self.sequences),
-            answer_nll=torch.cat(nlls).mean().item() if nlls else None,
+            answer_nll=nll,
             score=score,
         )
 
 
-def kl_per_token(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(P || Q) (N,) in nats, of log-probabilities (N, V); summed in float64."""
-    p, q = p.double(), q.double()
-    return (p.exp() * (p - q)).sum(-1)
+def check_reading(model: nn.Module, sequence: Sequence, reading: Reading) -> None:
+    """Refuse a model whose forward does more after its head than :class:`~pgkd_peft.model.head.Head` knows of.
 
+    Args:
+        sequence: the first that was read.
+        reading: in float32 or finer.
 
-def log_probs(model: nn.Module, sequences: list[Sequence]) -> Iterator[torch.Tensor]:
-    """For each sequence the log-probabilities (N, V), float32 on the CPU, of its tokens from `start` on."""
-    device = next(model.parameters()).device
-    keeps = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
-    for sequence in sequences:
-        ids = torch.tensor([sequence.ids], device=device)  # (1, T)
-        n = len(sequence.ids) - sequence.start
-        keep = {"logits_to_keep": n + 1} if keeps else {}
-        logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -(n + 1) : -1]  # (N, V)
-        yield F.log_softmax(logits.float(), dim=-1).cpu()
+    Raises:
+        ModelError: its logits are not those of its head on its hidden states, so that nothing can be said.
+    """
+    completion = sequence.ids[sequence.start :]
+    with torch.no_grad():
+        ids = torch.tensor([sequence.ids], device=next(model.parameters()).device)
+        logits_NV = model(input_ids=ids, use_cache=False).logits[0, sequence.start - 1 : -1].double()
+    targets = torch.tensor(completion, device=logits_NV.device)
+    own = F.cross_entropy(logits_NV, targets, reduction="none").cpu()
+    ours = token_nll(reading.some([0]), [completion])[0]
+    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-2):
+        raise ModelError(
+            f"{type(base_of(model)).__name__} does something to its logits that is not known here, so a merged model "
+            "could not be compared with the trained one (largest difference "
+            f"{(own - ours).abs().max().item():.2g} nats a token)."
+        )
 
 
 def build_sequences(

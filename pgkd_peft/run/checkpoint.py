@@ -14,48 +14,33 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError, ConfigError, ModelError, read_object, reason
+from .folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CHAT_TEMPLATES,
+    COMPLETIONS_FILE,
+    MANIFEST,
+    RUN_FILE,
+    STATE_FILE,
+    TEACHER_FILE,  # noqa: F401  base_trainer takes it from here
+    is_checkpoint,
+    is_run_file,
+)
+from .jsonl import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-
-TEACHER_FILE = "teacher.safetensors"
-MANIFEST = "manifest.json"
-STATE_FILE = "trainer_state.json"
-NEEDED = (ADAPTER_FILE, "adapter_config.json", "optimizer.pt", "scheduler.pt", STATE_FILE)
+NEEDED = (ADAPTER_FILE, ADAPTER_CONFIG, "optimizer.pt", "scheduler.pt", STATE_FILE)
 HIDDEN = (".saving-", ".replaced-", ".deleting-")
-
-# What a run leaves in its folder, so that --overwrite removes this and nothing else.
-RUN_FILES = (
-    "run.json",
-    "recipe.yaml",
-    "holdout.jsonl",
-    "trained_prompts.txt",
-    "metrics.jsonl",
-    "completions.jsonl",
-    "traces.jsonl",
-    "summary.json",
-    "eval_results.json",
-    "eval_answers.jsonl",
-    "report.html",
-    "README.md",
-    ADAPTER_FILE,
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "training_args.bin",
-)
 
 
 # ---- finding and checking ------------------------------------------------------------------------------------------
@@ -66,7 +51,7 @@ def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     folder = Path(run_dir)
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    found = [p for p in folder.iterdir() if p.is_dir() and is_checkpoint(p.name)]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
@@ -129,7 +114,7 @@ def finished_at(run_dir: str | os.PathLike, checkpoint: str | os.PathLike, args:
     Args:
         args: the settings of the run that is to go on; `max_steps` or `num_train_epochs` say where it ends.
     """
-    state, info = read_state(Path(checkpoint)), _info(Path(run_dir))
+    state, info = read_state(Path(checkpoint)), read_json(Path(run_dir) / RUN_FILE)
     step, epoch = state["global_step"], state.get("epoch") or 0.0
     by_steps = args.max_steps > 0
     reached = step >= args.max_steps if by_steps else epoch >= args.num_train_epochs - 1e-6
@@ -146,14 +131,6 @@ def finished_at(run_dir: str | os.PathLike, checkpoint: str | os.PathLike, args:
         f"the run in {str(run_dir)!r} is finished: it is at step {step}, epoch {epoch:g}, and {ends}. Nothing was "
         f"changed. To train on, raise {more}; to use it: pgkd eval {shlex.quote(str(run_dir))}"
     )
-
-
-def _info(run_dir: Path) -> dict[str, Any]:
-    try:
-        info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return info if isinstance(info, dict) else {}
 
 
 def check_run_folder(
@@ -182,7 +159,7 @@ def check_run_folder(
     if int(os.environ.get("RANK", "0")) > 0:  # the first process decides
         return None
     old = [p.name for p in reversed(checkpoints(folder))]
-    old += [name for name in ("run.json", ADAPTER_FILE, "completions.jsonl") if (folder / name).is_file()]
+    old += [name for name in (RUN_FILE, ADAPTER_FILE, COMPLETIONS_FILE) if (folder / name).is_file()]
     if old and not overwrite:
         last = next(iter(checkpoints(folder)), None)
         go_on = f"--resume to continue from {last.name}, " if last else ""
@@ -199,10 +176,10 @@ def clear_run_folder(output_dir: str | os.PathLike) -> None:
     """Remove what a run has left in its folder; other files stay."""
     folder = Path(output_dir)
     for path in folder.iterdir() if folder.is_dir() else ():
-        ours = re.fullmatch(r"checkpoint-\d+|additional_chat_templates", path.name) or path.name.startswith(HIDDEN)
+        ours = is_checkpoint(path.name) or path.name == CHAT_TEMPLATES or path.name.startswith(HIDDEN)
         if path.is_dir() and ours:
             shutil.rmtree(path)
-        elif path.is_file() and (path.name in RUN_FILES or re.fullmatch(r"failed_batch_step\d+\.json", path.name)):
+        elif path.is_file() and is_run_file(path.name):
             path.unlink()
 
 
@@ -236,7 +213,7 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, {"files": files})
     _sync(folder / MANIFEST)
 
 

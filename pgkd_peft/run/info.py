@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import platform
@@ -25,12 +24,11 @@ from ..data.check import DataReport
 from ..model.adapters import STUDENT
 from ..model.load import base_of, quantization_name
 from ..rows import Row
+from .folder import HOLDOUT_FILE, RUN_FILE, failed_batch_name
+from .jsonl import write_json
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-HOLDOUT_FILE = "holdout.jsonl"
-TRAINED_FILE = "trained_prompts.txt"
 SFT_IN_WORDS = "cross-entropy of the reference answers, without PI; mean over completion tokens, in nats"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
@@ -112,16 +110,11 @@ class RunInfo:
     def write(self, folder: str | os.PathLike) -> None:
         if not self.trainer.is_world_process_zero():
             return
-        path = Path(folder) / RUN_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self.collect(), indent=2, default=str) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(Path(folder) / RUN_FILE, self.collect())
 
     def save_batch(self, rows: list[Row], tokenizer: Any) -> Path:
         """Write the rows of a batch that went wrong; returns where."""
-        path = Path(self.trainer.args.output_dir) / f"failed_batch_step{self.trainer.state.global_step}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(self.trainer.args.output_dir) / failed_batch_name(self.trainer.state.global_step)
         records = [
             {
                 "prompt": tokenizer.decode(row.prompt),
@@ -132,7 +125,7 @@ class RunInfo:
             }
             for row in rows
         ]
-        path.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, records)
         return path
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from .folder import checkpoint_name
+
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +86,7 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
         trainer.remove_callback(callback)
     if callback.signum:
         state = trainer.state
-        saved = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
+        saved = Path(trainer.args.output_dir) / checkpoint_name(state.global_step)
         raise RunInterrupted(callback.signum, str(saved), state.global_step, state.max_steps)
 
 

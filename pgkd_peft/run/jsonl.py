@@ -17,13 +17,12 @@ def append_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_finite(record), ensure_ascii=False, default=str, allow_nan=False) + "\n" for record in records]
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write("".join(lines).encode("utf-8", "replace"))
+        file.write("".join(map(as_line, records)).encode("utf-8", "replace"))
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -58,10 +57,25 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
     if not path.is_file():
         return
     kept = [r for r in read_lines(path) if isinstance(r.get("step"), (int, float)) and r["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    append_lines(partial, kept)
+    write_whole(path, "".join(map(as_line, kept)))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """A JSON file that is whole or not there; numbers as in :func:`append_lines`, what JSON does not know as text."""
+    write_whole(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write a text beside its place and rename it: a kill leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(text.encode("utf-8", "replace"))
     partial.replace(path)
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, default=str, allow_nan=False) + "\n"
 
 
 def is_number(value: Any) -> TypeGuard[float]:

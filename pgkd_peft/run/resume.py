@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import CheckpointError, PGKDError, explained, read_object, reason
 from ..trl_compat import set_log_progress
+from .folder import RUN_FILE, STEP_FILES, progress_name
+from .jsonl import drop_after
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def check_belongs(folder: Path, now: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the base or the teacher is another one. Other differences are warned about.
     """
-    path = folder / "run.json"
+    path = folder / RUN_FILE
     if not path.is_file():
         logger.warning("%s is missing, so nothing says on which base the checkpoint was trained.", path)
         return
@@ -78,24 +79,6 @@ def readable_state(folder: str | None) -> Iterator[None]:
         ) from error
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines log that are later than `step`: they will be written again."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):  # the half line of a killed process
-            continue
-    if len(kept) < len(lines):
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
-
-
 class Continue(TrainerCallback):
     """Once, when a resumed run begins: take up the sums since the last log, and cut logs back to the checkpoint."""
 
@@ -116,7 +99,8 @@ class Continue(TrainerCallback):
         trainer = self.trainer
         trainer.remove_callback(self)
         if trainer.is_world_process_zero():
-            trim_log(Path(args.output_dir) / "completions.jsonl", state.global_step)
+            for name in STEP_FILES:
+                drop_after(Path(args.output_dir) / name, state.global_step)
         progress = self.progress
         if progress is None:
             logger.warning(
@@ -128,4 +112,4 @@ class Continue(TrainerCallback):
 
 
 def progress_file(trainer: Trainer) -> str:
-    return f"progress_{trainer.accelerator.process_index}.json"
+    return progress_name(trainer.accelerator.process_index)

@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..run.folder import (
+    ANSWERS_FILE,
+    COMPLETIONS_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    SUMMARY_FILE,
+    TRACE_FILE,
+)
 from ..run.jsonl import is_number, read_json, read_lines
 from ..run.place import check_writable
 from .report_coverage import coverage_section
 from .report_page import SCORES, render
 
-REPORT_FILE = "report.html"
 MOST_STEPS = 40
 """Traced steps that the page holds; of more, evenly spread ones."""
 MOST_POINTS = 2000
@@ -46,9 +56,9 @@ def collect(run_dir: Path) -> dict[str, Any]:
     """
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such folder; give the output_dir of a training, e.g. pgkd report runs/demo")
-    run = read_json(run_dir / "run.json")
+    run = read_json(run_dir / RUN_FILE)
     metrics = read_metrics(run_dir)
-    traces = read_lines(run_dir / "traces.jsonl")
+    traces = read_lines(run_dir / TRACE_FILE)
     results = read_results(run_dir)
     if not (run or metrics or traces or results):
         raise ConfigError(
@@ -67,9 +77,9 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """What was logged, one dict a step: from metrics.jsonl, else from the newest trainer_state.json."""
-    records = read_lines(run_dir / "metrics.jsonl")
+    records = read_lines(run_dir / METRICS_FILE)
     if not records:
-        states = [*run_dir.glob("checkpoint-*/trainer_state.json"), *run_dir.glob("trainer_state.json")]
+        states = [*run_dir.glob(f"checkpoint-*/{STATE_FILE}"), *run_dir.glob(STATE_FILE)]
         histories = [read_json(path).get("log_history") or [] for path in states]
         records = max(histories, key=lambda h: max((r.get("step", 0) for r in h), default=-1), default=[])
     by_step: dict[float, dict[str, float]] = {}
@@ -85,14 +95,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """Evaluations in the folder, each with its ``name``: summary.json, eval*.json, and the `controls` in them."""
+    """Evaluations in the folder, each with its ``name``: eval*.json, else the demo's summary.json, and the `controls`
+    in them."""
     found: list[dict[str, Any]] = []
-    for path in [*sorted(run_dir.glob("eval*.json")), run_dir / "summary.json"]:
+    paths = sorted(run_dir.glob("eval*.json"))
+    if run_dir / RESULTS_FILE not in paths:  # a summary is of the demo's end, and may be older
+        paths.append(run_dir / SUMMARY_FILE)
+    for path in paths:
         result = read_json(path)
         if any(is_number(result.get(key)) for key in ("base", "teacher", "student")):
             numbers = [result.get(key) for key, _ in SCORES[:3]]
             if numbers not in [[other.get(key) for key, _ in SCORES[:3]] for other in found]:
-                name = "this run" if path.stem in ("summary", "eval_results") else path.stem
+                name = "this run" if path.name in (SUMMARY_FILE, RESULTS_FILE) else path.stem
                 found.append({**result, "name": str(result.get("name", name))})
         controls = result.get("controls")
         if isinstance(controls, Mapping):
@@ -105,7 +119,7 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_answers(run_dir: Path) -> list[dict[str, Any]]:
     """Answers to read: the evaluation's, else those of the last rollout log. Each has ``prompt`` and ``answers``."""
-    records = [r for r in read_lines(run_dir / "eval_answers.jsonl") if isinstance(r.get("answers"), dict)]
+    records = [r for r in read_lines(run_dir / ANSWERS_FILE) if isinstance(r.get("answers"), dict)]
     if records:
         return [
             {
@@ -116,7 +130,7 @@ def read_answers(run_dir: Path) -> list[dict[str, Any]]:
             }
             for record in spread(records, MOST_ANSWERS)
         ]
-    logged = read_lines(run_dir / "completions.jsonl")
+    logged = read_lines(run_dir / COMPLETIONS_FILE)
     last = max((r["step"] for r in logged if is_number(r.get("step"))), default=None)
     return [
         {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..run.folder import METRICS_FILE, RESULTS_FILE, RUN_FILE, is_checkpoint
 from ..run.jsonl import is_number, read_json, read_lines
 
 RESULTS = {"score": "score", "recovered": "recovered", "drift": "drift", "divergence": "nats", "seconds": "s"}
@@ -24,15 +25,20 @@ def find_runs(folder: str | Path) -> list[dict[str, Any]]:
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder; give one that holds runs, e.g. pgkd runs runs")
-    paths = sorted(path for path in root.rglob("run.json") if not path.parent.name.startswith(("checkpoint-", ".")))
+    paths = sorted(path for path in root.rglob(RUN_FILE) if not _is_part(path.parent.name))
     if not paths:
-        raise ConfigError(f"no run was found below {str(root)!r}: no run.json, which pgkd train writes at its start")
+        raise ConfigError(f"no run was found below {str(root)!r}: no {RUN_FILE}, which pgkd train writes at its start")
     return [_record(path, root) for path in paths]
 
 
+def _is_part(name: str) -> bool:
+    """Whether a folder belongs to the run above it: a checkpoint, or one that is being written."""
+    return is_checkpoint(name) or name.startswith(".")
+
+
 def _record(path: Path, root: Path) -> dict[str, Any]:
-    run, results = read_json(path), read_json(path.parent / "eval_results.json")
-    logged = [line["divergence"] for line in read_lines(path.parent / "metrics.jsonl") if "divergence" in line]
+    run, results = read_json(path), read_json(path.parent / RESULTS_FILE)
+    logged = [line["divergence"] for line in read_lines(path.parent / METRICS_FILE) if "divergence" in line]
     columns = results.get("columns") or {}
     settings = {key: value for key, value in (run.get("config") or {}).items() if key not in _NOT_SETTINGS}
     settings["base_model"] = Path(str(run.get("base_model"))).name

@@ -21,16 +21,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers import trainer as transformers_trainer
 
 from ..data.tokens import visible
+from ..run.folder import METRICS_FILE, STEP_FILES
 from ..run.jsonl import append_lines, drop_after, is_number
 from .notebook import NotebookView
 from .progress import PHASES, SMALL, Pace, Watch, clock
 
 if TYPE_CHECKING:
     from ..trainer import PrivilegedSelfDistillTrainer
-
-METRICS_FILE = "metrics.jsonl"
-STEP_FILES = (METRICS_FILE, "completions.jsonl", "traces.jsonl")
-"""Files of a run folder whose lines carry a step."""
 
 SPARKS = "▁▂▃▄▅▆▇█"
 STYLES = dict(zip(PHASES, ("cyan", "yellow", "green")))
@@ -39,7 +36,7 @@ STYLES = dict(zip(PHASES, ("cyan", "yellow", "green")))
 class MetricsFileCallback(TrainerCallback):
     """Every log of the run as a line in ``metrics.jsonl`` of its folder, with ``step`` and ``time`` (Unix seconds).
 
-    When a run is resumed, the lines after its step are dropped from this and the other files of :data:`STEP_FILES`.
+    When a run is resumed, the lines after its step are dropped from this and the other logs of its folder.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
