@@ -334,19 +334,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
     ):
         # What was passed, checked before anything is loaded.
-        if model is None:
-            raise ConfigError("no model was given; pass a path, a Hub id or a loaded model.")
-        args = args if args is not None else PrivilegedGKDConfig(output_dir="privileged-gkd-model")
-        if not isinstance(args, PrivilegedGKDConfig):
-            raise ConfigError(f"args is a {type(args).__name__}; it must be a PrivilegedGKDConfig.")
-        for name, value in (("formatting_func", formatting_func), ("compute_metrics", compute_metrics)):
-            if value is not None:
-                raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise ConfigError(
-                "eval_strategy is set, but there are no rows to evaluate on. Pass eval_dataset (as a flag, "
-                "--eval_dataset_name), or set eval_strategy to no."
-            )
+        args = _usable(model, args, eval_dataset, formatting_func=formatting_func, compute_metrics=compute_metrics)
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
         tokenizer = find_tokenizer(model, processing_class, args)
@@ -355,10 +343,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         settle_privileged_length(args, tokenizer, [train_dataset, *many], context)
         collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
         train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {key: checked_rows(rows, collator, args, key)[0] for key, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = checked_rows(eval_dataset, collator, args, "eval_dataset")[0]
+        eval_dataset = _all_checked(eval_dataset, collator, args)
 
         # One base, one adapter that trains, and perhaps another teacher.
         set_seed(args.seed)
@@ -502,6 +487,33 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             yield
         finally:
             self.data_collator = collator
+
+
+def _usable(model: Any, args: Any, eval_dataset: Any, **unusable: Any) -> PrivilegedGKDConfig:
+    """The settings, after what can be said of the arguments alone."""
+    if model is None:
+        raise ConfigError("no model was given; pass a path, a Hub id or a loaded model.")
+    args = args if args is not None else PrivilegedGKDConfig(output_dir="privileged-gkd-model")
+    if not isinstance(args, PrivilegedGKDConfig):
+        raise ConfigError(f"args is a {type(args).__name__}; it must be a PrivilegedGKDConfig.")
+    for name, value in unusable.items():
+        if value is not None:
+            raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ConfigError(
+            "eval_strategy is set, but there are no rows to evaluate on. Pass eval_dataset (as a flag, "
+            "--eval_dataset_name), or set eval_strategy to no."
+        )
+    return args
+
+
+def _all_checked(eval_dataset: Any, collator: Any, args: PrivilegedGKDConfig) -> Any:
+    """The rows to evaluate on, of one data set or of several by name."""
+    if eval_dataset is None:
+        return None
+    if isinstance(eval_dataset, dict):
+        return {key: checked_rows(rows, collator, args, key)[0] for key, rows in eval_dataset.items()}
+    return checked_rows(eval_dataset, collator, args, "eval_dataset")[0]
 
 
 class StepEnd(TrainerCallback):

@@ -77,6 +77,15 @@ class DataReport:
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
+def _with_answer(encoded: dict[str, Any], required: bool) -> dict[str, Any]:
+    if required and encoded["contexts"].answer is None:
+        raise DataError(
+            "no reference answer (an assistant message with text at the end of `messages`), which lmbda < 1 "
+            "trains on; add one, or set lmbda to 1"
+        )
+    return encoded
+
+
 def validate_rows(
     rows: Dataset | Sequence[Any],
     collator: DataCollatorForPrivilegedGKD,
@@ -108,19 +117,12 @@ def validate_rows(
     skipped: list[int] = []
     leaks: list[int] = []
     markup: list[int] = []
-    lengths: list[tuple[int, int, int, int, int]] = []
+    lengths: list[tuple[int, ...]] = []  # of both prompts and the answer; of the PI, kept and cut
     teacher_prompts: list[array] = []
     answers: list[array] = []
     for i, row in enumerate(rows):
         try:
-            encoded = collator.encode(row)
-            contexts = encoded["contexts"]
-            if require_completion and contexts.answer is None:
-                raise DataError(
-                    "no reference answer (an assistant message with text at the end of `messages`), which lmbda < 1 "
-                    "trains on; add one, or set lmbda to 1"
-                )
-            collator.check_length(encoded)
+            encoded = collator.check_length(_with_answer(collator.encode(row), require_completion))
         except RowTooLongError as error:
             if skip_long:
                 skipped.append(i)
@@ -130,16 +132,10 @@ def validate_rows(
         except DataError as error:
             faults[i] = str(error)
             continue
+        contexts: Contexts = encoded["contexts"]
         kept.append(i)
-        lengths.append(
-            (
-                len(encoded["student_ids"]),
-                len(encoded["teacher_ids"]),
-                len(encoded["completion_ids"]),
-                contexts.privileged_tokens,
-                contexts.privileged_tokens_cut,
-            )
-        )
+        ids = (len(encoded[name]) for name in ("student_ids", "teacher_ids", "completion_ids"))
+        lengths.append((*ids, contexts.privileged_tokens, contexts.privileged_tokens_cut))
         teacher_prompts.append(array("i", encoded["teacher_ids"]))
         answers.append(array("i", encoded["completion_ids"]))
         if leaked(contexts, encoded["student_text"]):
