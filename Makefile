@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test zoo lint bench clean
+.PHONY: install demo test zoo lint bench gpu clean
 
 install: $(STAMP)
 
@@ -32,6 +32,13 @@ lint: install
 bench: install  ## measures; appends to tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/divergence.py --quick
 	$(BIN)/python tests/benchmarks/step.py --quick
+
+gpu: install  ## on a machine with a GPU: its tests, then divergence and steps; appends to tests/benchmarks/results
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU, or a torch without CUDA'"
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python tests/benchmarks/divergence.py --device cuda --n 1024 --vocab 151936 --d 1536 3584 --chunk-mib 256
+	for model in qwen-1.5b qwen-7b; do $(BIN)/python tests/benchmarks/step.py --device cuda --model $$model \
+		--trainer pgkd sdft --batch 4 --quantization nf4 --privileged-tokens 1024 --new-tokens 512 --steps 3; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

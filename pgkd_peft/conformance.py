@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +76,7 @@ def check_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, always:
     limit = min(base.get_input_embeddings().weight.shape[0], len(tokenizer))
     if any(not row.kept or max(row.teacher_prompt + row.completion) >= limit for row in rows):
         return  # a tokenizer that knows no Latin letters; ids beyond the embedding are refused row by row
-    head = Head(model, teacher="disabled" if isinstance(model, PeftModel) else None)
+    head = Head(model)
     device = next(model.parameters()).device
     with adapter_state(model, "disabled"):
         plain = [_plain_logits(base, row, device) for row in rows]

@@ -2,31 +2,33 @@
 
 The head is frozen and usually shared by both sides, so the gradient with respect to the student's hidden rows can be
 taken in the forward pass, chunk by chunk: two projections, one pass over the logits, one product back. Backward only
-scales the stored rows. Logits, softmax and divergence are fp32 also where hidden states and head are 16-bit.
+scales the stored rows. Logits, softmax and divergence are fp32 also where hidden states and head are 16-bit. A head
+that trains is refused: it would need a gradient of its own, (V, D), in every chunk.
 
 Shapes: N positions, R rows of a chunk, V vocabulary, D hidden width. Letters in formulas: S student, T teacher.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from .config import CLIP_MODES
 from .errors import ConfigError
-from .projection import Head, ModuleHead, TensorHead, head_of, pair_of
+from .model.head import Head
+from .projection import ModuleHead, Pair, TensorHead, head_of, pair_of
 
 logger = logging.getLogger(__name__)
 
-CLIP_MODES = ("entry", "token", "rescale")
 HALF_SCALE = 1024.0  # fp16 gradients of logits are multiplied by it, or most of them would underflow
 CACHE_BLOCK = 2**19  # logits that the elementwise part works on at a time on CPU: 2 MiB in fp32
 
@@ -58,10 +60,10 @@ class Divergence:
 def linear_jsd(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    head_weight: Head,
+    head_weight: Tensor | nn.Module,
     *,
     head_bias: Tensor | None = None,
-    teacher_head_weight: Head | None = None,
+    teacher_head_weight: Tensor | nn.Module | None = None,
     teacher_head_bias: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -84,12 +86,9 @@ def linear_jsd(
     Args:
         student_hidden: (N, D), what the student's head is applied to; gets the gradient.
         teacher_hidden: (N, D) or, with a head of the teacher's own, (N, D_teacher); gets no gradient.
-        head_weight: (V, D), or a module (a callable) that maps (R, D) to logits (R, V): a quantized layer, a head with
-            LoRA. A head with trainable parameters gets its gradient too, by a slower path that recomputes each chunk
-            in backward; so does any callable that is not a module, since nothing tells whether it trains.
-        head_bias: (V,); may hold -inf to mask a token on both sides. A module brings its own.
-        teacher_head_weight, teacher_head_bias: the teacher's head, if it has one of its own. Where the student's head
-            carries an adapter that the teacher must not see, pass the layer below it.
+        head_weight: (V, D), frozen; or a frozen module that maps (R, D) to logits (R, V), such as a quantized layer.
+        head_bias: (V,), frozen; may hold -inf to mask a token on both sides. A module brings its own.
+        teacher_head_weight, teacher_head_bias: the teacher's head, if it has one of its own.
         beta: in [0, 1].
         temperature: divides both sides' logits.
         normalize: divide by beta*(1-beta) inside (0, 1), so that all beta agree with KL where T and S are close.
@@ -105,11 +104,12 @@ def linear_jsd(
         top_k: compare the teacher's k most probable tokens and one bucket with all others; a lower bound of the
             divergence over the full vocabulary.
         sampled_ids: (N,) token ids in [0, V), for `sampled_logprob`.
-        chunk_mib: MiB for the logits of one chunk of positions; peak extra memory stays below twice this plus
-            8*N*D bytes, with a head given as a tensor. On a GPU use 1000 or more: each chunk reads the whole head.
+        chunk_mib: MiB for both sides' logits and the gradient of one chunk of positions. Peak extra memory stays below
+            twice this plus 8*N*D bytes, with a head given as a tensor (measured on CPU; on CUDA computed). Each chunk
+            reads the whole head, so a GPU with room wants more: 256 where the vocabulary is 152,000 and memory allows.
 
     Raises:
-        ConfigError: an option out of its range, or shapes that do not fit.
+        ConfigError: an option out of its range, shapes that do not fit, or a student's head that trains.
     """
     options = _Options(beta, normalize, clip, clip_mode, top_k)
     if teacher_head_weight is None:
@@ -130,14 +130,42 @@ def linear_jsd(
             "vocabulary. Cut the rows that pad the larger one."
         )
     dtype = torch.float64 if torch.float64 in (student_hidden.dtype, teacher_hidden.dtype) else torch.float32
-    task = _Task(student, teacher, student_squash, teacher_squash, options, dtype, student_hidden.device, chunk_mib)
     if torch.is_grad_enabled() and student.trains:
-        stats = _trainable_head(student_hidden, teacher_hidden.detach(), sampled_ids, task)
-    else:
-        want_grad = torch.is_grad_enabled() and student_hidden.requires_grad
-        stats = _FrozenHead.apply(student_hidden, teacher_hidden.detach(), sampled_ids, task, want_grad)
+        raise ConfigError(
+            "head_weight trains (requires_grad), and the divergence gives a gradient to the hidden states alone. Keep "
+            "the output head frozen: pass head_weight.detach(), or call requires_grad_(False) on the head."
+        )
+    task = _Task(student, teacher, student_squash, teacher_squash, options, dtype, student_hidden.device, chunk_mib)
+    want_grad = torch.is_grad_enabled() and student_hidden.requires_grad
+    stats = _FrozenHead.apply(student_hidden, teacher_hidden.detach(), sampled_ids, task, want_grad)
     divergence, entropy_s, entropy_t, agree, logprob = stats
     return Divergence(divergence, entropy_s, entropy_t, agree, None if sampled_ids is None else logprob)
+
+
+def jsd_between(student_ND: Tensor, head: Head, teacher_ND: Tensor, teacher_head: Head, **options: Any) -> Divergence:
+    """:func:`linear_jsd` of the hidden states that two models return, each through its own head, scale and soft-cap.
+
+    accelerate turns what a 16-bit model returns into float32. The rows go back to the dtype of the head, as the model
+    would hand them to it: nothing is lost, and the products are 16-bit ones (tensor cores; on CPU the pair that is
+    accurate without float32 products). The gradient crosses the same cast.
+
+    Args:
+        student_ND, teacher_ND: (N, D) and (N, D_teacher), row n of both the same completion token.
+        options: those of :func:`linear_jsd` but for heads, scales and soft-caps.
+    """
+    return linear_jsd(
+        head.rows(student_ND),
+        teacher_head.rows(teacher_ND.detach()),
+        head.weight,
+        head_bias=head.bias,
+        teacher_head_weight=teacher_head.weight,
+        teacher_head_bias=teacher_head.bias,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+        teacher_softcap=math.inf if teacher_head.softcap is None else teacher_head.softcap,
+        teacher_logit_scale=teacher_head.scale,
+        **options,
+    )
 
 
 class _Options(NamedTuple):
@@ -154,6 +182,9 @@ class _Squash(NamedTuple):
     softcap: float | None
     scale: float
     temperature: float
+
+
+_Settings: TypeAlias = tuple[_Squash, _Squash, _Options, torch.dtype | None]
 
 
 class _Task(NamedTuple):
@@ -227,12 +258,10 @@ class _FrozenHead(torch.autograd.Function):
         grad_rows = torch.empty(student_hidden.shape if want_grad else 0, device=device, dtype=task.dtype)
         for chunk in chunks:
             pair.project(student_hidden[chunk], teacher_hidden[chunk], want_grad)
-            rows = chunk.stop - chunk.start
-            stats[:, chunk] = _chunk(
-                pair.block, rows, None if ids is None else ids[chunk], task, pair.grad if want_grad else None
-            )
-            if want_grad:
-                grad_rows[chunk] = pair.pull_back()
+            some = None if ids is None else ids[chunk]
+            stats[:, chunk], grad = _chunk(pair, chunk.stop - chunk.start, some, task, want_grad)
+            if grad is not None:
+                grad_rows[chunk] = pair.pull_back(grad)
         if want_grad:
             grad_rows.mul_(stats[5].unsqueeze(-1))
         ctx.save_for_backward(grad_rows)
@@ -246,72 +275,36 @@ class _FrozenHead(torch.autograd.Function):
         return (grad_rows * grad_divergence.unsqueeze(-1)).to(ctx.dtype), None, None, None, None
 
 
-class _FromLogits(torch.autograd.Function):
-    """The same from logits (R, V) that hang on a graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor | None, task: _Task
-    ) -> tuple[Tensor, ...]:
-        grad = student_logits.clone()
-        stats = _chunk(lambda rows: (grad[rows], teacher_logits[rows]), len(grad), ids, task, grad)
-        ctx.save_for_backward(grad, stats[5])
-        return _outputs(ctx, stats)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_divergence: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad, factor = ctx.saved_tensors
-        return grad * (grad_divergence * factor).unsqueeze(-1), None, None, None
-
-
 def _outputs(ctx: Any, stats: Tensor) -> tuple[Tensor, ...]:
     divergence, *rest = (row.clone() for row in stats[:5])
     ctx.mark_non_differentiable(*rest)
     return divergence, *rest
 
 
-def _trainable_head(
-    student_hidden: Tensor, teacher_hidden: Tensor, ids: Tensor | None, task: _Task
-) -> tuple[Tensor, ...]:
-    """The checkpointed path: a chunk's logits are made again in backward, so that the head's parameters get gradients
-    for whatever each row's weight turns out to be."""
-
-    def run(hidden: Tensor, teacher_rows: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
-        logits = task.student.logits(hidden, task.dtype)
-        teacher_logits = torch.empty_like(logits)
-        with torch.no_grad():
-            task.teacher.project(teacher_rows, teacher_logits, False)
-        return _FromLogits.apply(logits, teacher_logits, ids, task)
-
-    n = student_hidden.shape[0]
-    parts = [
-        checkpoint(
-            run, student_hidden[chunk], teacher_hidden[chunk], None if ids is None else ids[chunk], use_reentrant=False
-        )
-        for chunk in task.chunks(n, 6 * task.dtype.itemsize) or [slice(0, 0)]
-    ]
-    return tuple(torch.cat(column) for column in zip(*parts))
-
-
-def _chunk(
-    logits: Callable[[slice], tuple[Tensor, Tensor]], n: int, ids: Tensor | None, task: _Task, grad: Tensor | None
-) -> Tensor:
-    """Statistics (6, n); logits(rows) gives both sides' (R, V), to be used up, and their gradient goes to `grad`."""
-    block, kernel = max(1, n), _fused
-    if task.device.type != "cuda":
-        block, kernel = max(1, min(CACHE_BLOCK, int(task.chunk_mib * 2**20) // 64) // task.student.vocab), _rows
-    stats = []
+def _chunk(pair: Pair, n: int, ids: Tensor | None, task: _Task, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Statistics (6, n) of the projected rows, and the gradient of their logits (n, V), in the head's `grad_dtype`."""
+    grad_dtype = pair.grad_dtype if want_grad else None
+    settings: _Settings = (task.student_squash, task.teacher_squash, task.options, grad_dtype)
+    if fuses(task.device):
+        fused = _fused(*pair.block(slice(0, n)), ids, settings)
+        if fused is not None:
+            return fused
+        block = max(1, n // 4)  # unfused, six float32 temporaries: of a quarter they stay below the chunk's own bytes
+    else:
+        block = max(1, min(CACHE_BLOCK, int(task.chunk_mib * 2**20) // 64) // task.student.vocab)
+    stats: list[Tensor] = []
+    grad: Tensor | None = None
     for start in range(0, max(1, n), block):
         rows = slice(start, min(n, start + block))
-        zs, zt = logits(rows)
-        some = None if ids is None else ids[rows]
-        grad_dtype = None if grad is None else grad.dtype
-        columns, part = kernel(zs, zt, some, task.student_squash, task.teacher_squash, task.options, grad_dtype)
+        zs, zt = pair.block(rows)
+        columns, part = _rows(zs, zt, None if ids is None else ids[rows], *settings)
+        if part is not None and block >= n:
+            return columns, part
         stats.append(columns)
-        if grad is not None and part is not None:
+        if part is not None:
+            grad = pair.grad_buffer() if grad is None else grad
             grad[rows] = part
-    return torch.cat(stats, dim=1)
+    return torch.cat(stats, dim=1), grad
 
 
 def _rows(
@@ -330,8 +323,8 @@ def _rows(
     slope = _squash_(zs, student, grad_dtype is not None)
     _squash_(zt, teacher, False)
     top = zt.topk(options.top_k).indices if options.top_k is not None and options.top_k < zt.shape[1] else None
-    max_s, max_t = zs.amax(-1, keepdim=True), zt.amax(-1, keepdim=True)
-    agree = (zs + zt).amax(-1, keepdim=True) == max_s + max_t
+    (max_s, first_s), max_t = zs.max(-1, keepdim=True), zt.amax(-1, keepdim=True)
+    agree = zt.gather(-1, first_s) == max_t  # one index is enough: of two, an argmax takes three times as long as amax
     s, t = torch.softmax(zs, dim=-1), torch.softmax(zt, dim=-1)
     log_top_s, log_top_t = s.amax(-1, keepdim=True).log(), t.amax(-1, keepdim=True).log()
     lse_s, lse_t = max_s - log_top_s, max_t - log_top_t
@@ -411,25 +404,42 @@ def _entries(s: Tensor, t: Tensor, log_ratio: Tensor, beta: float) -> tuple[Tens
     return log_m_t.mul_(t).mul_(-beta).add_(pull), pull
 
 
-def _pure_rows(zs: Tensor, zt: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
-    """`_rows` for a compiler: without side effects nothing but the results has to be written to memory."""
-    return _rows(zs.clone(), zt.clone(), *args)
+def fuses(device: torch.device) -> bool:
+    """Whether the elementwise part is compiled there: one pass over the logits from memory, which is what a GPU waits
+    for. A CPU gets it block by block in its cache instead, without a compiler."""
+    return device.type == "cuda"
 
 
-_compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+_can_compile = True
 
 
-def _fused(*args: Any) -> tuple[Tensor, Tensor | None]:
-    """`_rows`, fused by torch.compile; where that cannot be compiled, `_rows` itself from then on."""
-    global _compiled
-    if _compiled is None:
-        _compiled = torch.compile(_pure_rows)
-    if _compiled is not _rows:
-        try:
-            return _compiled(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            logger.warning("torch.compile failed (%s); the divergence runs unfused, which is slower", error)
-            _compiled = _rows
-    return _rows(*args)
+def _fused(zs: Tensor, zt: Tensor, ids: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor | None] | None:
+    """`_rows` in one kernel by torch.compile, which leaves zs and zt as they are; None where that cannot be compiled.
+
+    Only the compiler's own errors count as that: an error of the device or an interrupt is nobody's to swallow.
+    """
+    global _can_compile
+    if not _can_compile:
+        return None
+    for tensor in (zs, zt, ids):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # micro-batches differ in their number of rows
+    try:
+        return _compiled(settings)(zs, zt, ids)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        logger.warning("torch.compile failed (%s); the divergence runs unfused, which is slower", error)
+        _can_compile = False
+        return None
+
+
+@functools.lru_cache
+def _compiled(settings: _Settings, backend: str = "inductor") -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The kernel of one choice of settings. As arguments they would be guarded, and become symbols when they change
+    (training, trace and preflight use three); closed over, they are constants."""
+
+    def rows(zs: Tensor, zt: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # without side effects nothing but the results has to be written to memory
+        return _rows(zs.clone(), zt.clone(), ids, *settings)
+
+    rows.__code__ = rows.__code__.replace()  # graphs are kept, and counted against a limit, by code object
+    return torch.compile(rows, backend=backend)

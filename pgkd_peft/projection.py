@@ -9,11 +9,9 @@ Shapes: R rows of a chunk, V vocabulary, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .errors import ConfigError
 
@@ -21,17 +19,18 @@ MASKED = -1e4  # stands for a logit of -inf: probability 0, and products with it
 CAST_BLOCK_BYTES = 2**22  # of the head's weight that are cast to another dtype at a time
 EXACT_TOKENS = 128  # logits a position that :class:`RefinedPair` computes in fp32
 
-Head: TypeAlias = Tensor | nn.Module | Callable[[Tensor], Tensor]
 
-
-def head_of(side: str, hidden: Tensor, head: Head, bias: Tensor | None) -> TensorHead | ModuleHead:
+def head_of(side: str, hidden: Tensor, head: Tensor | nn.Module, bias: Tensor | None) -> TensorHead | ModuleHead:
     """The head as this module handles it; `side` is the prefix of the argument's name.
 
     Raises:
-        ConfigError: its shape does not fit the hidden states, or a module is given a second bias.
+        ConfigError: its shape does not fit the hidden states, it is neither a tensor nor a module, or a module is given
+            a second bias.
     """
-    if isinstance(head, nn.Linear) and type(head) is nn.Linear and bias is None:
+    if type(head) is nn.Linear and bias is None:
         head, bias = head.weight, head.bias
+    if not isinstance(head, (Tensor, nn.Module)):
+        raise ConfigError(f"{side}head_weight is a {type(head).__name__}; pass a tensor (V, D) or a frozen module")
     if not isinstance(head, Tensor):
         if bias is not None:
             raise ConfigError(f"{side}head_bias cannot be combined with a module as {side}head_weight; it has its own")
@@ -54,10 +53,8 @@ class TensorHead:
         self.vocab = weight.shape[0]
         self.trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         self.grad_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if hidden.is_cuda:
-            if self.grad_dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-                self.grad_dtype = torch.get_autocast_dtype("cuda")
-        elif self.grad_dtype == torch.float16 or (self.grad_dtype == torch.bfloat16 and not _bf16_products()):
+        slow = self.grad_dtype == torch.float16 or (self.grad_dtype == torch.bfloat16 and not _bf16_products())
+        if slow and not has_wide_products(hidden.device):
             self.grad_dtype = torch.float32  # such a product on CPU takes up to a hundred times as long
 
     def same_as(self, other: TensorHead | ModuleHead) -> bool:
@@ -71,7 +68,7 @@ class TensorHead:
     def project(self, hidden: Tensor, out: Tensor, want_grad: bool) -> Callable[[Tensor], Tensor]:
         """Writes the logits (R, V) of hidden (R, D) into out; returns what takes their gradient back to (R, D)."""
         # A 16-bit product on CUDA accumulates and returns fp32; on CPU it would round the logits to 16 bits.
-        dtype = self.grad_dtype if out.is_cuda and out.dtype == torch.float32 else out.dtype
+        dtype = self.grad_dtype if has_wide_products(out.device) and out.dtype == torch.float32 else out.dtype
         hidden = hidden.to(dtype)
         for columns, weight in self._blocks(dtype):
             if dtype == out.dtype:
@@ -84,7 +81,7 @@ class TensorHead:
 
     def pull_back(self, grad: Tensor) -> Tensor:
         """Gradient of the logits (R, V), in `grad_dtype`, -> of the hidden rows (R, D)."""
-        wide = {"out_dtype": torch.float32} if grad.is_cuda and grad.dtype.itemsize == 2 else {}
+        wide = {"out_dtype": torch.float32} if has_wide_products(grad.device) and grad.dtype.itemsize == 2 else {}
         parts = (torch.mm(grad[:, columns], weight, **wide) for columns, weight in self._blocks(grad.dtype))
         total = next(parts)
         for part in parts:
@@ -101,31 +98,30 @@ class TensorHead:
             columns = slice(start, min(start + rows, self.vocab))
             yield columns, weight[columns].to(dtype)
 
-    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """Logits (R, V) with a graph to hidden, weight and bias."""
-        bias = None if self.bias is None else self.bias.to(dtype).clamp(min=MASKED)
-        return F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
-
 
 class ModuleHead:
-    """A head that is only known by its forward: quantized, wrapped by LoRA, or anything callable."""
+    """A frozen head that is only known by its forward: a quantized layer."""
 
-    def __init__(self, module: Callable[[Tensor], Tensor], hidden: Tensor):
+    def __init__(self, module: nn.Module, hidden: Tensor):
         self.module = module
-        self.trains = not isinstance(module, nn.Module) or any(p.requires_grad for p in module.parameters())
-        with torch.no_grad():
-            probe = module(hidden.new_zeros(1, hidden.shape[1]))
-        self.vocab, self.grad_dtype = probe.shape[-1], probe.dtype
+        self.trains = any(p.requires_grad for p in module.parameters())
+        self.grad_dtype = hidden.dtype
+        self.vocab: int = getattr(module, "out_features", 0)
+        if not self.vocab:  # a module that does not say how wide it is
+            with torch.no_grad():
+                self.vocab = module(hidden.new_zeros(1, hidden.shape[1])).shape[-1]
 
     def project(self, hidden: Tensor, out: Tensor, want_grad: bool) -> Callable[[Tensor], Tensor]:
         with torch.set_grad_enabled(want_grad):
             hidden = hidden.detach().requires_grad_(want_grad)
             logits = self.module(hidden)
         out.copy_(logits.detach()).clamp_(min=MASKED)
-        return lambda grad: torch.autograd.grad(logits, hidden, grad)[0]
+        return lambda grad: torch.autograd.grad(logits, hidden, grad.to(logits.dtype))[0]
 
-    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.module(hidden).to(dtype).clamp(min=MASKED)
+
+def has_wide_products(device: torch.device) -> bool:
+    """Whether 16-bit matrices have a product in float32: on CUDA, whose tensor cores accumulate in it."""
+    return device.type == "cuda"
 
 
 def _bf16_products() -> bool:
@@ -137,17 +133,14 @@ class Pair:
 
     def __init__(self, student: TensorHead | ModuleHead, teacher: TensorHead | ModuleHead, dtype: torch.dtype):
         self.student, self.teacher, self.dtype = student, teacher, dtype
-        self.in_place = student.grad_dtype == dtype
-        self.bytes_a_logit = 2 * dtype.itemsize + (0 if self.in_place else student.grad_dtype.itemsize)
+        self.grad_dtype = student.grad_dtype
+        self.bytes_a_logit = 2 * dtype.itemsize + self.grad_dtype.itemsize
         if isinstance(student, ModuleHead):
-            self.bytes_a_logit += 2 * student.grad_dtype.itemsize
+            self.bytes_a_logit += 2 * self.grad_dtype.itemsize
 
     def reserve(self, rows: int, device: torch.device) -> None:
-        vocab = self.student.vocab
-        self._logits = torch.empty((2 * rows, vocab), dtype=self.dtype, device=device)
-        self._grad = self._logits
-        if not self.in_place:
-            self._grad = torch.empty((rows, vocab), dtype=self.student.grad_dtype, device=device)
+        self._logits = torch.empty((2 * rows, self.student.vocab), dtype=self.dtype, device=device)
+        self._grad: Tensor | None = None
 
     def project(self, student_hidden: Tensor, teacher_hidden: Tensor, want_grad: bool) -> None:
         rows = student_hidden.shape[0]
@@ -159,14 +152,22 @@ class Pair:
         else:
             self._pull_back = self.student.project(student_hidden, self._zs, want_grad)
             self.teacher.project(teacher_hidden, self._zt, False)
-        self.grad = self._grad[:rows]  # where the gradient of the student's logits goes
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Raw logits of some rows, free to be overwritten."""
         return self._zs[rows], self._zt[rows]
 
-    def pull_back(self) -> Tensor:
-        return self._pull_back(self.grad)
+    def grad_buffer(self) -> Tensor:
+        """Where the gradient of the student's logits goes block by block: over them, if they have its dtype."""
+        if self.grad_dtype == self.dtype:
+            return self._zs
+        if self._grad is None:
+            self._grad = torch.empty_like(self._logits[: len(self._logits) // 2], dtype=self.grad_dtype)
+        return self._grad[: len(self._zs)]
+
+    def pull_back(self, grad: Tensor) -> Tensor:
+        """Gradient of the student's logits (R, V) -> of its rows (R, D)."""
+        return self._pull_back(grad)
 
 
 class RefinedPair(Pair):
@@ -197,7 +198,7 @@ class RefinedPair(Pair):
         weight = self.head.weight.detach().t()
         torch.mm(teacher_hidden, weight, out=self._teacher_logits[:rows])
         torch.mm(change.to(self.head.grad_dtype), weight, out=self._difference[:rows])
-        self.grad = self._difference[:rows]  # each row's difference is used before its gradient is written
+        self._pull_back = self.head.pull_back
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
         zt = self._teacher_logits[rows].float()
@@ -213,8 +214,8 @@ class RefinedPair(Pair):
             zt[some].scatter_(-1, likeliest[some], exact[..., 1])
         return zs, zt
 
-    def pull_back(self) -> Tensor:
-        return self.head.pull_back(self.grad)
+    def grad_buffer(self) -> Tensor:
+        return self._difference[: len(self._hidden)]  # each row's difference is used before its gradient is written
 
 
 def pair_of(student: TensorHead | ModuleHead, teacher: TensorHead | ModuleHead, dtype: torch.dtype) -> Pair:

@@ -8,16 +8,20 @@ Shapes: R rows of one sub-batch, L prompt length (left-padded), V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from .errors import ModelError
 from .model.adapters import eval_mode
@@ -28,9 +32,11 @@ from .run.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# Rows x (prompt + new) tokens of one generation sub-batch. 16k tokens of a 7B model with 8 KV heads of 128 are 2 GiB
-# of cache in 16 bits.
-TOKEN_BUDGET = 16_384
+TOKEN_BUDGET = 16_384  # rows x (prompt + new) tokens of a generation sub-batch, where nothing better is known
+CACHE_SHARE = 0.4  # of a GPU's memory beside the weights that the cache of a sub-batch may take
+BLOCK = 512  # tokens whose probabilities are summed at a time
+# Tokens after which the stops are read. Waiting for a GPU leaves it idle; a CPU has the answer at once.
+READ_EVERY = {"cuda": 8}
 
 # Tokens of a beginning that rows of other lengths share only in forwards of their own (windows, states).
 WORTH_A_FORWARD = 256
@@ -76,19 +82,20 @@ def generate(
         temperature: 0 is greedy.
         seed: of the random numbers, unless a `generator` is given.
         token_budget: rows times (prompt + new) tokens of a sub-batch; halved and tried again when memory runs out.
+            Default: :func:`budget_of` the model.
         memory: of a fixed teacher that writes itself, with what it has read before.
 
     Returns:
         Completions without their prompts, prompt by prompt: prompt i's copies are at ``[i*copies : (i+1)*copies]``.
     """
-    budget = token_budget or TOKEN_BUDGET
+    budget = token_budget or budget_of(model)
     generator = generator or window_generator(seed)
     uniforms = torch.rand(len(prompts) * copies, max_new_tokens, generator=generator, dtype=torch.float64)
     done: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     plan = memory if memory is not None and memory.nodes else Prefixes(prompts)
     start = 0
-    with eval_mode(model.modules()):
+    with eval_mode(model.modules()), masks_unread(base_of(model)):
         while start < len(order):
             stop = start + 1
             while stop < len(order):
@@ -127,6 +134,60 @@ def generate(
     return done
 
 
+@contextlib.contextmanager
+def masks_unread(base: PreTrainedModel) -> Iterator[None]:
+    """Inside, `sdpa` attention on a GPU takes its mask as it is. Transformers looks at every forward whether the mask
+    hides anything, to leave it out where it does not: a wait for the device each token, for nothing that a query of one
+    token gains from."""
+    change = base.device.type in READ_EVERY and base.config._attn_implementation == "sdpa"
+    try:
+        if change:
+            base.set_attn_implementation(MASK_UNREAD)
+        yield
+    finally:
+        if change:
+            base.set_attn_implementation("sdpa")
+
+
+def _mask_as_it_is(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+MASK_UNREAD = "sdpa_mask_unread"
+AttentionInterface.register(MASK_UNREAD, sdpa_attention_forward)
+AttentionMaskInterface.register(MASK_UNREAD, _mask_as_it_is)
+
+
+def budget_of(model: nn.Module) -> int:
+    """Rows times tokens of a sub-batch whose cache fits: on a GPU as many as its memory holds beside the weights.
+
+    From the card's size, not from what is free at the moment: a resumed run must cut its batches as the uninterrupted
+    one did. Where that is too much, because something else lives on the card, :func:`generate` goes on in halves.
+    """
+    device = next(model.parameters()).device
+    a_token = cache_bytes(base_of(model))
+    if device.type != "cuda" or not a_token:
+        return TOKEN_BUDGET
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = torch.cuda.get_device_properties(device).total_memory - weights
+    return max(1, int(CACHE_SHARE * room / a_token))
+
+
+def cache_bytes(base: PreTrainedModel) -> int:
+    """Bytes of keys and values a token, or 0 for a model whose config does not say. 7B with 8 KV heads of 128 and 32
+    layers: 128 KiB in 16 bits. Layers that keep less (sliding windows, recurrent states) are counted as if they did
+    not."""
+    config = base.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    layers, hidden = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    if not (heads and layers and hidden):
+        return 0
+    width = (getattr(config, "num_key_value_heads", None) or heads) * (
+        getattr(config, "head_dim", None) or hidden // heads
+    )
+    return 2 * layers * width * base.dtype.itemsize
+
+
 def _decode(
     model: nn.Module,
     prompts: list[Sequence[int]],
@@ -147,34 +208,42 @@ def _decode(
         select_rows(cache, every)
         logits, position, mask = logits[every], position[every], mask[every]
 
-    completions: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
-    alive = torch.arange(len(completions), device=device)  # rows still in the batch
-    unfinished = torch.ones(len(completions), dtype=torch.bool, device=device)
+    count, shown = len(prompts) * copies, mask.shape[1]
+    tokens = torch.full((count, max_new_tokens), pad_id, device=device)
+    mask = torch.cat([mask, mask.new_ones(count, max_new_tokens)], dim=1)  # (R, L + new), read up to the present token
+    alive = torch.arange(count, device=device)  # rows still in the batch
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
+    every = READ_EVERY.get(device.type, 1)
     for t in range(max_new_tokens):
         token = pick(logits, temperature, uniforms[alive, t])  # (R,)
-        going = unfinished.tolist()
-        for row, value, live in zip(alive.tolist(), token.tolist(), going):
-            if live:
-                completions[row].append(value)
-        unfinished = unfinished & ~torch.isin(token, stops)
-        left = int(unfinished.sum())
-        if left == 0 or t == max_new_tokens - 1:
+        tokens[alive, t] = token  # what a finished row still says is cut off at the end
+        if t == max_new_tokens - 1:
             break
-        if left <= 0.75 * len(alive):  # copying the cache pays once a quarter of the rows has finished
-            keep = unfinished.nonzero().squeeze(1)
-            select_rows(cache, keep)
-            alive, token, position, mask, unfinished = (x[keep] for x in (alive, token, position, mask, unfinished))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        finished |= torch.isin(token, stops)
+        if t % every == every - 1:
+            keep = [i for i, done in enumerate(finished.tolist()) if not done]  # the one wait for the device
+            if not keep:
+                break
+            if len(keep) <= 0.75 * len(alive):  # copying the cache pays once a quarter of the rows has finished
+                index = torch.tensor(keep, device=device)
+                select_rows(cache, index)
+                alive, token, position, mask, finished = (x[index] for x in (alive, token, position, mask, finished))
         out = model(
             input_ids=token[:, None],
-            attention_mask=mask,
+            attention_mask=mask[:, : shown + t + 1],
             position_ids=position,
             use_cache=True,
             logits_to_keep=1,
             **{cache_argument(model): cache},
         )
         logits, position = out.logits[:, -1], position + 1
-    return completions
+    return [_up_to_stop(row, set(stop_ids)) for row in tokens[:, : t + 1].tolist()]
+
+
+def _up_to_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    """The tokens up to the first stop, which is kept."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: end + 1]
 
 
 Prefilled: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Cache]
@@ -256,13 +325,30 @@ def _read_together(
 
 def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
     """One token a row from logits (R, V): the argmax at temperature 0, else where the cumulative probability passes
-    the row's `uniform` number (R,)."""
+    the row's `uniform` number (R,).
+
+    The running sum has two levels: over blocks of the vocabulary, then inside the one block that is met. In float64
+    both, for a sum in float32 loses the rare tokens; over the whole vocabulary that would be most of a step's end.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    cumulative = probs.double().cumsum(-1)
-    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
-    return token.clamp(max=logits.shape[-1] - 1)
+    vocab = logits.shape[-1]
+    blocks = -(-vocab // BLOCK)
+    weights = torch.softmax(logits.float() / temperature, dim=-1)
+    weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocab)).view(-1, blocks, BLOCK)
+    ends = weights.sum(-1).double().cumsum(-1)  # (R, blocks)
+    target = uniform[:, None] * ends[:, -1:]
+    block = _first_above(ends, target)  # (R, 1)
+    inside = weights.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)  # (R, BLOCK)
+    before = ends.gather(-1, block) - inside[:, -1:]
+    return (block * BLOCK + _first_above(inside, target - before)).squeeze(-1).clamp(max=vocab - 1)  # NaN: any token
+
+
+def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Where rising sums (R, K) first exceed `target` (R, 1): never where nothing was added, even by rounding."""
+    below = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))  # something exceeds it
+    found = torch.searchsorted(cumulative, target.clamp(min=0).minimum(below), right=True)
+    return found.clamp(max=cumulative.shape[-1] - 1)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from .model.caches import for_rows, has_states, why_not_shared
 from .model.load import base_of
 from .prefix import Prefix, Prefixes, TeacherMemory
 from .rows import TOKEN_BUDGET, Row, by_length, hand_out, pack
+from .run.memory import in_halves
 
 
 def reads_packed_rows(model: nn.Module) -> bool:
@@ -92,10 +93,14 @@ def score_teacher(
     whole += _score_planned(
         model, shared, Prefixes([row.teacher_prompt for row in shared]), pad_id, token_budget, device
     )
+
+    def read(batch: list[Row]) -> None:
+        packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device, flat=reads_packed_rows(model))
+        hand_out(batch, model(**packed))
+
     for some, most in ((anchors, rows_at_once), (whole, None)):
         for batch in by_length(some, lambda r: len(r.teacher_prompt) + len(r.completion), token_budget, most):
-            packed = pack([r.teacher_prompt for r in batch], batch, pad_id, device, flat=reads_packed_rows(model))
-            hand_out(batch, model(**packed))
+            in_halves(read, batch)
 
 
 def _score_alone(model: nn.Module, row: Row, memory: TeacherMemory, pad_id: int, device: torch.device) -> None:
@@ -132,7 +137,7 @@ def _score_planned(
             batches.append([(node, row)])
             longest = new
     for i, batch in enumerate(batches):
-        _score_after(model, batch, plan, pad_id, device)
+        in_halves(lambda part: _score_after(model, part, plan, pad_id, device), batch)
         plan.forget(needed={node for later in batches[i + 1 :] for node, _ in later})
     return [row for node, row in zip(nodes, rows) if node is None]
 

@@ -33,7 +33,7 @@ from .config import PrivilegedGKDConfig
 from .conformance import check_model
 from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
-from .divergence import linear_jsd
+from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError, explained
 from .feedback import load_feedback, with_feedback
@@ -271,7 +271,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         if "input_ids" not in inputs:
             inputs = self.batch_of(self.roll_out_and_score(rows_in(inputs), on_policy=False))
         rows: list[Row] = inputs["rows"]
-        args, head, teacher_head = self.args, self.head, self.teacher_head
+        args = self.args
         student_ND = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs.get("attention_mask"),
@@ -279,18 +279,14 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             hidden_mask=inputs["hidden_mask"],
         )
         teacher_ND = torch.cat([row.teacher_hidden for row in rows if row.kept] or [student_ND.detach()])
-        result = linear_jsd(
+        result = jsd_between(
             student_ND,
-            teacher_ND.detach() * (teacher_head.scale / head.scale),  # one scale serves both sides of the kernel
-            head.weight,
-            head_bias=head.bias,
-            teacher_head_weight=teacher_head.weight,
-            teacher_head_bias=teacher_head.bias,
+            self.head,
+            teacher_ND,
+            self.teacher_head,
             beta=self.beta,
             temperature=args.loss_temperature,
             normalize=args.normalize_beta,
-            softcap=head.softcap,
-            logit_scale=head.scale,
             clip=args.divergence_clip,
             clip_mode=args.divergence_clip_mode,
             top_k=args.loss_top_k,
@@ -375,7 +371,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             add_hidden_states_forward(base_of(each))
         teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
         self.head = Head(student)
-        self.teacher_head = Head(separate if separate is not None else student, teacher=teacher.which)
+        self.teacher_head = self.head if separate is None else Head(separate)
         if (
             data_collator is None
             and report is not None

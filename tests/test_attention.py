@@ -117,7 +117,7 @@ def test_whole_models_answer_and_learn_as_before(kind):
         logits = model(input_ids=ids, attention_mask=mask).logits[:, 4:]
         logits.logsumexp(-1).sum().backward()
         found.append([logits.detach(), *(param.grad.clone() for param in model.parameters())])
-        use_short_backward(model)
+        use_short_backward(model, model.device)
     assert model.config._attn_implementation == CPU_ATTENTION
     assert not torch.equal(found[0][1], found[1][1])  # another order of the same sums
     for before, after in zip(*found):

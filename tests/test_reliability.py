@@ -296,7 +296,7 @@ def test_a_rollout_halves_itself_and_loses_nothing(base, monkeypatch, error):
     [
         ("rollout", "pgkd_peft.trainer", "generate", "max_new_tokens"),
         ("teacher", "pgkd_peft.trainer", "score_teacher", "max_privileged_length"),
-        ("student", "pgkd_peft.trainer", "linear_jsd", "per_device_train_batch_size"),
+        ("student", "pgkd_peft.trainer", "jsd_between", "per_device_train_batch_size"),
     ],
 )
 def test_out_of_memory_names_its_phase(base, tmp_path, monkeypatch, phase, owner, name, advice):

@@ -12,9 +12,12 @@ from transformers import TrainerCallback
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
 from pgkd_peft.errors import ConfigError, FrozenBaseError, ModelError
+from pgkd_peft.model import ema
 from pgkd_peft.model.adapters import INITIAL, STUDENT, adapter_state, adapter_tensors
-from pgkd_peft.model.ema import EMA, RANK_FACTOR, truncate
+from pgkd_peft.model.cpu import use_short_backward
+from pgkd_peft.model.ema import EMA, RANK_FACTOR, cut
 from pgkd_peft.model.frozen import FrozenCheck
+from pgkd_peft.model.head import refuse_trainable_head
 from pgkd_peft.model.load import load_base
 from pgkd_peft.teacher import Teacher, check_same_vocabulary
 
@@ -72,7 +75,16 @@ def same(before: dict, after: dict) -> bool:
     return weights and before == after
 
 
-def run(tmp_path, model=None, rows=ROWS, callbacks=None, teacher_model=None, processing_class=None, **settings):
+def run(
+    tmp_path,
+    model=None,
+    rows=ROWS,
+    callbacks=None,
+    teacher_model=None,
+    processing_class=None,
+    peft_config=None,
+    **settings,
+):
     """A trainer on a tiny model, not trained yet."""
     defaults = {
         "output_dir": str(tmp_path / "out"),
@@ -94,6 +106,7 @@ def run(tmp_path, model=None, rows=ROWS, callbacks=None, teacher_model=None, pro
         args=PrivilegedGKDConfig(**{**defaults, **settings}),
         train_dataset=rows,
         callbacks=callbacks,
+        peft_config=peft_config,
         processing_class=processing_class or byte_tokenizer(),
     )
 
@@ -225,6 +238,7 @@ def test_only_the_trained_adapter_is_saved(tmp_path, which):
         subfolders = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("checkpoint-")]
         assert not subfolders
         loaded = PeftModel.from_pretrained(tiny_model(), str(folder)).eval()
+        use_short_backward(loaded.get_base_model(), torch.device("cpu"))  # as what trained: the same bits
         torch.testing.assert_close(logits(loaded), logits(trainer.model.eval()), rtol=0, atol=0)
 
 
@@ -308,18 +322,56 @@ def test_ema_cuts_the_least_and_says_how_much():
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "columns", "rank"), [(7, 3, 5, 2), (3, 9, 4, 8), (31, 5, 2, 5), (6, 4, 6, 4)]
+    ("rows", "inner", "columns", "rank"), [(7, 3, 5, 2), (9, 8, 4, 5), (31, 5, 2, 5), (6, 4, 6, 4)]
 )
-def test_truncate_is_the_best_approximation(rows, inner, columns, rank):
+def test_cut_is_the_best_approximation(rows, inner, columns, rank):
     generator = torch.Generator().manual_seed(0)
-    left = torch.randn(rows, inner, generator=generator)
-    right = torch.randn(inner, columns, generator=generator)
-    new_left, new_right, values = truncate(left, right, rank)
-    assert (new_left.shape, new_right.shape) == ((rows, rank), (rank, columns))
-    u, s, v = torch.linalg.svd(left.double() @ right.double(), full_matrices=False)
-    best = u[:, :rank] * s[:rank] @ v[:rank]
-    torch.testing.assert_close((new_left @ new_right).double(), best, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(values[: len(s)].double(), s[: len(values)], rtol=1e-4, atol=1e-4)
+    basis, _ = torch.linalg.qr(torch.randn(3, rows, inner, generator=generator))
+    core = torch.randn(3, inner, columns, generator=generator)
+    left, right, energy = cut(basis, core, rank)
+    u, s, v = torch.linalg.svd((basis @ core).double(), full_matrices=False)
+    best = u[..., :rank] * s[..., None, :rank] @ v[..., :rank, :]
+    torch.testing.assert_close((left @ right).double(), best, rtol=1e-4, atol=1e-4)
+    known = min(s.shape[-1], energy.shape[-1])
+    torch.testing.assert_close(energy[:, :known], s[:, :known].square(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left.mT @ left, torch.eye(rank).expand(3, -1, -1), rtol=0, atol=1e-5)
+
+
+def test_the_average_stays_sound_over_many_steps():
+    """The columns stay orthonormal, without which the cut would not be the best one."""
+    model = student(lora(r=1, lora_alpha=2))
+    teacher = Teacher(model, "ema", ema_decay=0.9)
+    for step in range(400):
+        move(model, step, scale=0.1)
+        teacher.average.update()
+    for name, b in adapter_tensors(model, EMA).items():
+        if "lora_B" in name:
+            torch.testing.assert_close(b.mT @ b, torch.eye(RANK_FACTOR), rtol=0, atol=1e-4)
+
+
+def test_layers_of_one_shape_go_together_and_alone_to_the_same_average(monkeypatch):
+    averages = []
+    for group_bytes in (2**28, 1):
+        monkeypatch.setattr(ema, "GROUP_BYTES", group_bytes)
+        model = student()
+        teacher = Teacher(model, "ema", ema_decay=0.7)
+        assert len(teacher.average.groups) == (3 if group_bytes > 1 else 6)
+        for step in range(6):
+            move(model, step)
+            teacher.average.update()
+        averages.append(dense_products(model, EMA))
+    assert relative(*averages) < 1e-5
+
+
+def test_a_layer_narrower_than_the_average_loses_nothing():
+    model = student(lora(r=12, target_modules=["k_proj"]))  # R = 48 of 32 outputs
+    teacher, dense = Teacher(model, "ema", ema_decay=0.8), dense_products(model, STUDENT)
+    assert next(m.out_features for n, m in model.named_modules() if n.endswith("k_proj")) == 32
+    for step in range(5):
+        move(model, step)
+        dense = {k: 0.8 * v + 0.2 * dense_products(model, STUDENT)[k] for k, v in dense.items()}
+        assert teacher.average.update() < 1e-10
+    assert relative(dense_products(model, EMA), dense) < 1e-5
 
 
 def test_ema_follows_in_training(tmp_path):
@@ -381,15 +433,46 @@ def test_second_adapter_survives_a_file(tmp_path, which):
 # ---- an adapted head -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("which", "nothing"), [("shared", True), ("initial", True), ("disabled", False)])
-def test_an_adapted_head_answers_with_the_teachers_adapter(tmp_path, which, nothing):
-    """Without PI the teacher that starts at the student says the same, its head included."""
-    rows = [{"messages": row["messages"]} for row in ROWS]
-    model = student(lora(modules_to_save=["lm_head"]))
-    trainer = run(tmp_path, model, rows, teacher_adapter=which, max_steps=1)
-    trainer.train()
-    divergence = trainer.state.log_history[0]["divergence"]
-    assert (abs(divergence) < 1e-6) if nothing else (divergence > 1e-3)
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, r"target_modules=\['lm_head', 'q_proj'\]"),
+        ({"target_modules": ".*head"}, r"target_modules='\.\*head'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        ({"target_parameters": ["lm_head.weight"]}, r"target_parameters=\['lm_head.weight'\]"),
+        ({"target_modules": ["embed_out", "q_proj"]}, "target_modules"),
+    ],
+)
+def test_a_head_that_would_train_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, settings, named):
+    monkeypatch.setattr("pgkd_peft.model.student.load_base", lambda *_, **__: pytest.fail("loaded"))
+    base = save_tiny(tmp_path / "base")
+    with pytest.raises(ConfigError, match=named + ".*output head.*Take the head's name out"):
+        run(tmp_path, base, peft_config=lora(**settings))
+    folder = tmp_path / "adapter"
+    config = lora(**settings)
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
+    (folder / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match=named):
+        run(tmp_path, str(folder), processing_class=byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}],
+)
+def test_a_loaded_model_whose_head_trains_is_refused(tmp_path, settings):
+    model = tiny_model(tie_word_embeddings="ensure_weight_tying" in settings)
+    with pytest.raises(ConfigError, match="train the model's output head"):
+        run(tmp_path, get_peft_model(model, lora(**settings)))
+
+
+def test_names_like_the_heads_are_no_heads():
+    refuse_trainable_head(lora(target_modules=["q_proj", "lm_head_norm"], modules_to_save=["score", "my_lm_head"]))
+    refuse_trainable_head(lora(target_modules=".*proj"))
+    refuse_trainable_head(lora(target_modules=".*", exclude_modules=["lm_head", "embed_out"]))
+    refuse_trainable_head(lora(target_modules="all-linear"))
+    refuse_trainable_head(None)
 
 
 # ---- a separate teacher --------------------------------------------------------------------------------------------
@@ -495,6 +578,25 @@ def test_the_frozen_adapter_and_the_separate_teacher_are_covered():
     other.model.norm.weight.data[0] += 1e-3
     with pytest.raises(FrozenBaseError, match=r"teacher: model\.norm\.weight"):
         check.verify("now")
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_scales_of_an_int8_base_are_seen(tmp_path, used):
+    """They are neither parameters nor buffers, and the first forward moves them from the weight to the layer."""
+    model = get_peft_model(load_base(save_tiny(tmp_path / "base"), quantization="int8", device="cpu"), lora())
+    check = FrozenCheck(model)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    lora_layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
+    if used:
+        logits(model)
+    check.verify("now")
+    for changed, name in ((layer, "up_proj"), (lora_layer, "down_proj")):
+        scales = changed.state.SCB if used else changed.weight.SCB
+        scales.mul_(2)
+        with pytest.raises(FrozenBaseError, match=rf"layers\.1\.mlp\.{name}\.weight \(scales\)"):
+            check.verify("now")
+        scales.div_(2)
+    check.verify("now")
 
 
 def test_one_flipped_bit_of_a_quantized_base_is_seen(tmp_path):

@@ -21,9 +21,14 @@ MOST_SCORES = 2**21  # above it (8 MB in float32) the products fall out of the c
 OTHER_KINDS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more than plain attention
 
 
-def use_short_backward(model: PreTrainedModel) -> None:
-    """Where a model is on the CPU and its attention is `sdpa`, have it computed by :func:`attention`."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+def use_short_backward(model: PreTrainedModel, device: torch.device) -> None:
+    """Where a model trains on the CPU and its attention is `sdpa`, have it computed by :func:`attention`.
+
+    Args:
+        device: where it will train (``TrainingArguments.device``), which need not be where it is now: the Trainer moves
+            unquantized models.
+    """
+    if device.type == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(CPU_ATTENTION)
 
 
@@ -55,6 +60,7 @@ def attention(
     groups, keys = key.shape[1], key.shape[2]
     if (
         queries == 1
+        or query.device.type != "cpu"  # a model that was moved after training
         or rows * heads * queries * keys > MOST_SCORES
         or dropout
         or any(kwargs.get(name) is not None for name in OTHER_KINDS)

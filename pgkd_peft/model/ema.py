@@ -1,21 +1,27 @@
 """A moving average of the student's LoRA products, held as a second adapter of the same model.
 
 What is averaged is the product ``s * B @ A`` that a layer adds to its weight: EMA(B) @ EMA(A) is not EMA(B @ A). The
-product is never formed: the average is held as factors of rank R = ``RANK_FACTOR`` * r, and one update is
+product is never formed: the average is held as factors Q @ C of rank R = ``RANK_FACTOR`` * r, Q's columns orthonormal,
+and one update is
 
-    [d * B_ema, (1 - d) * s * B] @ [A_ema; A]        exact, of rank R + r
-    = Q_left (R_left R_right^T) Q_right^T            QR of both factors
-    = U S V^T                                        SVD of the small core
+    s * B = Q X + N Y                                         N: the r directions that Q lacks; QR of (O, r)
+    [Q, N] @ [d * C + (1 - d) * X A; (1 - d) * Y A]           exact, of rank R + r
+    Q, C <- [Q, N] U, U^T [...]                               U: the R largest eigenvectors of the lower factor's Gram
 
-of which the R largest singular values are kept. While the true rank is at most R nothing is lost; afterwards the share
-of squared singular values that was cut off is reported. The average starts at the starting adapter's product.
+which is the best approximation of rank R (Eckart-Young). While the true rank is at most R nothing is lost; afterwards
+the share of squared singular values that was cut off is reported. The average starts at the starting adapter's product.
 
-Shapes: O outputs, I inputs of a layer, r rank of the student's adapter, R rank of the average.
+Layers of one shape are handled together, and nothing waits for the device but the reported share, once a step. The cost
+is that of matrix products and of one eigendecomposition of (R + r, R + r) in float64 a layer; the adapter that holds
+the average takes `RANK_FACTOR` times the student's memory, and as much more time in the teacher's LoRA products.
+
+Shapes: L layers of one shape, O outputs, I inputs of a layer, r rank of the student's adapter, R rank of the average.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 
 import torch
 from peft import PeftModel
@@ -26,6 +32,7 @@ from .adapters import STUDENT, add_frozen_adapter, switchable_layers
 
 EMA = "ema"
 RANK_FACTOR = 4
+GROUP_BYTES = 2**28  # of the factors of layers that are handled together
 
 
 class ProductAverage:
@@ -52,19 +59,25 @@ class ProductAverage:
         config.r = config.lora_alpha = RANK_FACTOR * max(layer.r[STUDENT] for layer in layers)
         config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
         add_frozen_adapter(model, EMA, config)
-        self.layers = layers
+        shapes = defaultdict(list)
+        for layer in layers:
+            shapes[layer.lora_A[STUDENT].weight.shape, layer.lora_B[STUDENT].weight.shape].append(layer)
+        self.groups: list[list[LoraLayer]] = []
+        for same in shapes.values():
+            size = config.r * (same[0].in_features + same[0].out_features) * 4
+            most = max(1, GROUP_BYTES // size)
+            self.groups += [same[i : i + most] for i in range(0, len(same), most)]
         self.start()
 
     @torch.no_grad()
     def start(self) -> None:
         """Set the average to the student's current product, exactly."""
-        for layer in self.layers:
-            left, right = _factors(layer)
-            b, a = layer.lora_B[EMA].weight, layer.lora_A[EMA].weight
-            b.zero_()
-            a.zero_()
-            b[:, : left.shape[1]] = left
-            a[: right.shape[0]] = right
+        for layers in self.groups:
+            left, right = _factors(layers)
+            rank = layers[0].r[EMA]
+            padded = torch.nn.functional.pad(left, (0, rank - left.shape[-1]))
+            basis, size = torch.linalg.qr(padded)  # orthonormal also where the product's rank is lower
+            _store(layers, basis, size[..., : left.shape[-1]] @ right)
 
     @torch.no_grad()
     def update(self) -> float:
@@ -73,44 +86,56 @@ class ProductAverage:
         Returns:
             The share of the average's squared Frobenius norm that was cut off, over all layers.
         """
-        lost = total = torch.zeros((), dtype=torch.float64)
-        for layer in self.layers:
-            b, a = layer.lora_B[EMA].weight, layer.lora_A[EMA].weight
-            left, right = _factors(layer)
-            left = torch.cat([self.decay * b.float(), (1 - self.decay) * left], dim=1)  # (O, R + r)
-            right = torch.cat([a.float(), right], dim=0)  # (R + r, I)
-            new_b, new_a, values = truncate(left, right, a.shape[0])
-            b.copy_(new_b)
-            a.copy_(new_a)
-            energy = values.double().square()
-            total = total + energy.sum().cpu()
-            lost = lost + energy[a.shape[0] :].sum().cpu()
-        return float(lost / total) if total > 0 else 0.0
+        lost, total = [], []
+        for layers in self.groups:
+            left, right = _factors(layers)  # (L, O, r), (L, r, I)
+            width = min(layers[0].r[EMA], layers[0].out_features)  # there are no more orthonormal columns than O
+            basis = torch.stack([layer.lora_B[EMA].weight[:, :width] for layer in layers]).float()
+            core = torch.stack([layer.lora_A[EMA].weight[:width] for layer in layers]).float()
+            inside = basis.mT @ left
+            rest = left - basis @ inside
+            again = basis.mT @ rest  # a second time, or rounding leaves the new directions askew
+            rest -= basis @ again
+            core = self.decay * core + (1 - self.decay) * ((inside + again) @ right)
+            if width < layers[0].out_features:
+                new, size = torch.linalg.qr(rest)
+                basis = torch.cat([basis, new], dim=-1)
+                core = torch.cat([core, (1 - self.decay) * (size @ right)], dim=-2)
+            basis, core, energy = cut(basis, core, width)
+            _store(layers, basis, core)
+            total.append(energy.sum())
+            lost.append(energy[:, width:].sum())
+        everything = float(torch.stack(total).sum())
+        return float(torch.stack(lost).sum()) / everything if everything > 0 else 0.0
 
 
-def truncate(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best rank-`rank` approximation of ``left @ right`` without forming it.
+def cut(basis: torch.Tensor, core: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best approximation of ``basis @ core`` of rank `rank`, without forming it.
 
     Args:
-        left: (O, k). right: (k, I).
+        basis: (L, O, k), orthonormal columns. core: (L, k, I).
 
     Returns:
-        Factors (O, rank) and (rank, I), zero beyond the true rank, and all singular values.
+        Factors (L, O, rank), orthonormal again, and (L, rank, I); all squared singular values (L, k), falling, float64.
     """
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    root = values[:rank].sqrt()
-    new_left = left.new_zeros(left.shape[0], rank)
-    new_right = right.new_zeros(rank, right.shape[1])
-    new_left[:, : len(root)] = q_left @ (u[:, :rank] * root)
-    new_right[: len(root)] = (root[:, None] * v[:rank]) @ q_right.T
-    return new_left, new_right, values
+    wide = core.double()  # squared, in float32 all below 3e-4 of the largest singular value would be noise
+    energy, vectors = torch.linalg.eigh(wide @ wide.mT)
+    kept = vectors[..., -rank:].flip(-1).to(core.dtype)
+    return basis @ kept, kept.mT @ core, energy.clamp(min=0).flip(-1)
 
 
-def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """The student's product as factors in float32: s*B (O, r) and A (r, I)."""
-    return layer.scaling[STUDENT] * layer.lora_B[STUDENT].weight.float(), layer.lora_A[STUDENT].weight.float()
+def _store(layers: list[LoraLayer], basis: torch.Tensor, core: torch.Tensor) -> None:
+    """Write the factors (L, O, k), (L, k, I) into the adapter, whose rank may be larger."""
+    for layer, q, c in zip(layers, basis, core):
+        b, a = layer.lora_B[EMA].weight, layer.lora_A[EMA].weight
+        b.zero_()[:, : q.shape[1]] = q
+        a.zero_()[: c.shape[0]] = c
+
+
+def _factors(layers: list[LoraLayer]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's products as factors in float32: s*B (L, O, r) and A (L, r, I)."""
+    left = [layer.scaling[STUDENT] * layer.lora_B[STUDENT].weight.float() for layer in layers]
+    return torch.stack(left), torch.stack([layer.lora_A[STUDENT].weight.float() for layer in layers])
 
 
 def not_a_product(model: PeftModel) -> str | None:

@@ -28,9 +28,10 @@ PROBE_TOLERANCE = 0.02  # relative; a few units in the last place of bfloat16
 class FrozenCheck:
     """A digest of every weight that must not change, taken at the start and compared later.
 
-    Covers parameters and buffers that belong to the base, in their packed form, the constants of 4-bit quantization
-    (block scales, nested scales, code books), a separate teacher and the adapter ``initial``: about 1 s per GB. With
-    :meth:`take_probe` also what a fixed teacher says, which sees more than weights: hooks, modes, active adapters.
+    Covers parameters and buffers that belong to the base, in their packed form, the constants of quantization (4-bit:
+    block scales, nested scales, code books; int8: row scales), a separate teacher and the adapter ``initial``: about
+    1 s per GB. With :meth:`take_probe` also what a fixed teacher says, which sees more than weights: hooks, modes,
+    active adapters.
 
     Args:
         model: the student.
@@ -124,26 +125,7 @@ class ProbeCallback(TrainerCallback):
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    trained: set[int] = set()
-    for layer in switchable_layers(model):
-        own = (
-            layer.adapter_layer_names
-            if isinstance(layer, BaseTunerLayer)
-            else ("modules_to_save", "trainable_tokens_delta")
-        )
-        for attribute in own:
-            container = getattr(layer, attribute, None)
-            if isinstance(container, nn.Module):
-                trained.update(id(p) for p in container.parameters())
-                trained.update(id(b) for b in container.buffers())
-            elif isinstance(container, dict):
-                trained.update(id(p) for p in container.values())
-        if isinstance(layer, BaseTunerLayer):
-            for attribute in layer.adapter_layer_names:
-                container = getattr(layer, attribute, None)
-                if isinstance(container, nn.ParameterDict):
-                    trained.update(id(p) for p in container.values())
-    base = base_of(model)
+    base, trained = base_of(model), _trained(model)
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         if id(tensor) in trained or tensor.requires_grad:
             continue
@@ -156,6 +138,28 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name} (nested scales)", state.state2.absmax
                 yield f"{name} (nested offset)", state.offset
             yield f"{name} (code)", state.code
+    for name, module in base.named_modules():
+        state = getattr(module, "state", None)  # Linear8bitLt: its first forward moves the scales there from the weight
+        scales = getattr(state, "SCB", None)
+        if scales is None:
+            scales = getattr(getattr(module, "weight", None), "SCB", None)
+        if scales is not None:
+            yield f"{name.replace('.base_layer', '')}.weight (scales)", scales
+
+
+def _trained(model: nn.Module) -> set[int]:
+    """Identities of the adapters' own parameters and buffers, whichever of them is active."""
+    found: set[int] = set()
+    for layer in switchable_layers(model):
+        names: tuple[str, ...] = ("modules_to_save", "trainable_tokens_delta")
+        if isinstance(layer, BaseTunerLayer):
+            names = layer.adapter_layer_names
+        for container in (getattr(layer, name, None) for name in names):
+            if isinstance(container, nn.Module):
+                found.update(id(tensor) for tensor in (*container.parameters(), *container.buffers()))
+            elif isinstance(container, dict):
+                found.update(id(tensor) for tensor in container.values())
+    return found
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -1,40 +1,49 @@
-"""The output head, as the divergence needs it."""
+"""The output head of a model, as the divergence needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
 
 import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
-from .adapters import adapter_state
+from ..errors import ConfigError, ModelError
 from .load import base_of
+
+NAMES = ("lm_head", "embed_out")  # what Transformers' models call their output head
 
 
 class Head:
-    """The output head as the divergence needs it: weight and bias, or a callable where the head itself trains.
+    """The frozen output head: what the hidden states are multiplied with, and what is done to the logits then.
+
+    Attributes:
+        weight: (V, D), or the module itself where its weight is quantized.
+        bias: (V,) or None.
+        softcap, scale: see :func:`logit_shape`.
 
     Args:
-        teacher: None for the student's head, else the ``teacher_adapter`` whose head it is.
+        may_train: it is only read, without a gradient.
+
+    Raises:
+        ModelError: the model has no output head.
+        ConfigError: the head trains.
     """
 
-    def __init__(self, model: nn.Module, *, teacher: str | None = None):
+    def __init__(self, model: nn.Module, *, may_train: bool = False):
         base = base_of(model)
         module = base.get_output_embeddings()
         if module is None:
             raise ModelError(f"{type(base).__name__} has no output head to compare distributions with")
-        inner = getattr(module, "base_layer", getattr(module, "original_module", module))
-        if teacher == "disabled":  # the head below LoRA, or the original behind modules_to_save
-            module = inner
-        elif teacher is not None and inner is not module:
-            module = _in_state(module, teacher)
-        self.bias: torch.Tensor | None = None
-        self.weight: Any = module
-        if type(module) is nn.Linear:
-            self.weight, self.bias = module.weight, module.bias
+        if not may_train and any(parameter.requires_grad for parameter in module.parameters()):
+            raise ConfigError(head_trains("the adapter (its target_modules, modules_to_save, bias or token indices)"))
+        plain = type(module) is nn.Linear
+        self.weight: torch.Tensor | nn.Module = module.weight if plain else module
+        self.bias: torch.Tensor | None = module.bias if plain else None
+        # a 4-bit layer multiplies in its compute dtype whatever it is given, and answers in the dtype it was given
+        self.dtype: torch.dtype | None = module.weight.dtype if plain else getattr(module, "compute_dtype", None)
         self.softcap, self.scale = logit_shape(base)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -46,15 +55,37 @@ class Head:
         logits = logits.float() * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def rows(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Hidden states in the dtype that the model's own head is given them."""
+        return hidden_ND if self.dtype is None else hidden_ND.to(self.dtype)
 
-def _in_state(head: nn.Module, which: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An adapted head that answers with the adapter `which`."""
 
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        with adapter_state(head, which):
-            return head(hidden)
+def head_trains(what: str) -> str:
+    return (
+        f"{what} would train the model's output head. One frozen head, shared by teacher and student, is what the "
+        "divergence rests on. Take the head's name out of target_modules and modules_to_save (target_modules="
+        "'all-linear' leaves it out), and use bias='none'."
+    )
 
-    return forward
+
+def refuse_trainable_head(config: PeftConfig | None) -> None:
+    """Refuse, before a model is loaded, LoRA settings that name the output head.
+
+    Raises:
+        ConfigError: names the setting, what it holds and the fix.
+    """
+    if config is None:
+        return
+    for head in NAMES:
+        named = re.compile(rf"(.*\.)?{head}(\..*)?")
+        for setting in ("modules_to_save", "target_parameters"):
+            for value in getattr(config, setting, None) or ():
+                if named.fullmatch(value):
+                    raise ConfigError(head_trains(f"{setting}={getattr(config, setting)!r}"))
+        targets = getattr(config, "target_modules", None)
+        if targets and targets != "all-linear" and check_target_module_exists(config, head):
+            shown = repr(targets if isinstance(targets, str) else sorted(targets))
+            raise ConfigError(head_trains(f"target_modules={shown}"))
 
 
 def logit_shape(base: PreTrainedModel) -> tuple[float | None, float]:

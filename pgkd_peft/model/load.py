@@ -103,7 +103,8 @@ def load_base(
         quantization: nf4, int8 or none; ignored when `quantization_config` is given.
         dtype: of the weights that are not quantized, and the compute dtype of those that are. Default:
             :func:`compute_dtype`.
-        device: where to put it. Default: the current CUDA device if there is one, else the CPU.
+        device: where to put it, quantized or not, unless `model_kwargs` holds a ``device_map``. Default: the current
+            CUDA device if there is one, else the CPU.
         quantization_config: bitsandbytes settings that replace those of `quantization`.
         model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained`` (of a model that is registered as
             image-text alone: to that class, for its text).
@@ -122,18 +123,18 @@ def load_base(
             skipped = [*NOT_QUANTIZED[config.model_type], "lm_head"]
             quantization_config.llm_int8_skip_modules = skipped
     quantization_config = _settle_quantization(name_or_path, config, quantization_config)
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     if quantization_config is not None:
         model_kwargs["quantization_config"] = quantization_config
-        if device is None and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
-        model_kwargs.setdefault("device_map", {"": device if device is not None else "cpu"})
+        model_kwargs.setdefault("device_map", {"": device})
     model_kwargs["ignore_mismatched_sizes"] = True  # refused below, by name
     with explained(f"model {name_or_path!r} cannot be loaded"):
         model, loading = auto_class(config).from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **where, **model_kwargs
         )
     _check_all_loaded(name_or_path, loading)
-    if quantization_config is None and device is not None:
+    if model_kwargs.get("device_map") is None:
         model.to(device)
     guard_cpu_linear4bit(model)
     model.requires_grad_(False)

@@ -15,6 +15,7 @@ from ..errors import ConfigError, ModelError, explained, read_object, read_text
 from .adapters import ADAPTER_FILE, STUDENT, load_adapter
 from .architecture import fused_experts, lora_targets, shares
 from .cpu import guard_cpu_linear4bit, use_short_backward
+from .head import refuse_trainable_head
 from .load import attach_lora, base_of, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
 from .lora import check_lora, check_names_of
 
@@ -119,6 +120,7 @@ def build_student(
         ModelError, ConfigError: it cannot be used as asked.
     """
     loaded = ""
+    refuse_trainable_head(peft_config)
     if isinstance(model, str):
         adapter = model if is_adapter_folder(model) else None
         if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
@@ -143,6 +145,7 @@ def build_student(
     if isinstance(model, PeftModel):
         _check_peft_model(model, peft_config)
         guard_cpu_linear4bit(model)
+        use_short_backward(base_of(model), args.device)
         return model, "training the given PeftModel"
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
@@ -150,6 +153,8 @@ def build_student(
         )
     guard_cpu_linear4bit(model)
     left_out = lora_targets(model)[1] if peft_config is None else []
+    if not loaded:
+        use_short_backward(model, args.device)
     student = attach_lora(model, peft_config)
     lora = student.peft_config[STUDENT]
     which = "LoRA" if peft_config is not None else "default LoRA"
@@ -172,9 +177,11 @@ def check_before_loading(
     check_source(base)
     if adapter is not None:
         check_lora(read_object(Path(adapter) / "adapter_config.json"), f"{adapter}/adapter_config.json")
+        refuse_trainable_head(LoraConfig.from_pretrained(adapter))
         tensor_shapes(Path(adapter) / ADAPTER_FILE)
     elif peft_config is not None:
         check_lora(peft_config)
+        refuse_trainable_head(peft_config)
         assert isinstance(peft_config, LoraConfig)
         trust = (args.model_init_kwargs or {}).get("trust_remote_code", args.trust_remote_code)
         check_names_of(base, peft_config, trust_remote_code=trust, revision=_revision(base, args))
@@ -227,10 +234,10 @@ def load_quantized(
         quantization=args.base_quantization,
         dtype=dtype or training_dtype(args),
         trust_remote_code=kwargs.pop("trust_remote_code", args.trust_remote_code),
-        device=None if torch.cuda.is_available() and not args.use_cpu else "cpu",
+        device=args.device,
         quantization_config=quantization_config,
         **kwargs,
     )
     if not teacher and "attn_implementation" not in kwargs:
-        use_short_backward(model)
+        use_short_backward(model, args.device)
     return model

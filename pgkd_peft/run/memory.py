@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
 from ..errors import PGKDError, reason
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 ADVICE = {
     "rollout": "lower max_new_tokens, num_generations or max_length, or set rollout_engine='adapter', which holds no "
@@ -42,3 +48,21 @@ def memory_for(phase: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(f"out of memory in the {phase} phase: {ADVICE[phase]}. ({reason(error)})") from error
+
+
+def in_halves(run: Callable[[list[Item]], None], items: list[Item]) -> None:
+    """``run(items)``; where memory runs out, the first half and then the second, down to one item."""
+    enough = True
+    try:
+        run(items)
+    except (RuntimeError, MemoryError) as error:
+        if len(items) == 1 or not is_out_of_memory(error):
+            raise
+        enough = False
+    if enough:
+        return
+    # only now, without the error, is what it held on to free
+    torch.cuda.empty_cache()
+    logger.warning("Out of memory with %d rows at once; going on with half as many.", len(items))
+    in_halves(run, items[: len(items) // 2])
+    in_halves(run, items[len(items) // 2 :])

@@ -7,6 +7,8 @@
 Methods
     floor       the three matrix products alone: both projections, and the gradient of the logits back
     ours        pgkd_peft.divergence.linear_jsd
+    trainer     the same inside PrivilegedSelfDistillTrainer.training_step, with all that stands around it there but the
+                model: a backbone that returns the rows, under accelerate's wrappers (autocast, outputs in float32)
     gkd         full logits in the head's dtype, then trl's GKDTrainer.generalized_jsd_loss
     gkd_fp32    the same after logits.float(), which is what a trainer with bf16=True hands to that loss
     trl         trl.kernels.chunked_divergence
@@ -99,9 +101,10 @@ def needed_gib(job: dict[str, Any]) -> float:
     """A rough upper bound of a method's memory, so that a grid does not take the machine down."""
     n, vocab, d = job["n"], job["vocab"], job["d"]
     size = 4 if job["dtype"] == "float32" else 2
-    copies = {"floor": 2 * size, "gkd": 14 * size, "gkd_fp32": 60, "ours": 0, "trl": 0}.get(job["method"], 14 * size)
+    known = {"floor": 2 * size, "gkd": 14 * size, "gkd_fp32": 60, "ours": 0, "trainer": 0, "trl": 0}
+    copies = known.get(job["method"], 14 * size)
     tile = min(n, 4096) * 32_768 * 4 * 12 if job["method"] == "trl" else 0
-    weight = vocab * d * size * (1 if job["method"] in ("floor", "ours", "trl") else 3)
+    weight = vocab * d * size * (1 if job["method"] in ("floor", "ours", "trainer", "trl") else 3)
     return (copies * n * vocab + tile + weight) / 2**30 + 1.5
 
 
@@ -123,7 +126,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         if found and row["method"] != other:
             ratios += f"  {row['seconds'] / found[0]:6.2f} x {other}"
     bound = ""
-    if row["method"] == "ours":
+    if row["method"] in ("ours", "trainer"):
         bound = f" (bound {2 * row['chunk_mib'] + row['n'] * row['d'] * 8 / 2**20:.0f})"
     print(
         f"  {row['method']:<12} {row['seconds']:8.3f} s (processor {row['cpu_seconds']:8.3f} s)  "
@@ -289,6 +292,69 @@ def ours(weight: Any, job: dict[str, Any]) -> Method:
     return run
 
 
+def trainer(weight: Any, job: dict[str, Any]) -> Method:
+    import tempfile
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tiny import ROWS, byte_tokenizer
+
+    vocab, width = weight.shape
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=8, num_hidden_layers=1, tie_word_embeddings=True
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device=weight.device).to(weight.dtype)
+    model.model.embed_tokens.weight = model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    for parameter in model.model.layers.parameters():
+        torch.nn.init.ones_(parameter)
+    trainer = PrivilegedSelfDistillTrainer(
+        model=model,
+        args=PrivilegedGKDConfig(
+            output_dir=tempfile.mkdtemp(),
+            lmbda=0.0,
+            beta=job["beta"],
+            loss_chunk_mib=job["chunk_mib"],
+            bf16=job["dtype"] == "bfloat16",
+            fp16=job["dtype"] == "float16",
+            use_cpu=job["device"] == "cpu",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=1,
+            report_to="none",
+        ),
+        train_dataset=ROWS,
+        processing_class=byte_tokenizer(),
+    )
+    prepared = trainer.accelerator.prepare_model(trainer.model)
+    rows: dict[bool, Any] = {}
+
+    def backbone(input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        hidden = rows[torch.is_grad_enabled()]  # (N, D); the teacher's without gradient
+        before = hidden.new_zeros(input_ids.shape[1] - hidden.shape[0] - 1, width)
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat([before, hidden, hidden.new_zeros(1, width)])[None])
+
+    model.model.forward = backbone
+
+    def run(student: Any, teacher: Any) -> tuple[float, Any]:
+        rows.update({True: student, False: teacher})
+        prompt, completion = (torch.full((1, n), 10) for n in (4, len(student)))
+        batch = {"prompts": prompt, "teacher_prompts": prompt, "completions": completion}
+        for name in ("prompt", "teacher_prompt"):
+            batch[f"{name}_attention_mask"] = torch.ones_like(prompt)
+        batch["completion_mask"] = torch.ones_like(completion)
+        loss = trainer.training_step(prepared, batch)  # the mean over positions, and so is the gradient
+        scale = len(student) / (trainer.accelerator.scaler.get_scale() if job["dtype"] == "float16" else 1)
+        return loss.item() * len(student), student.grad.float() * scale
+
+    return run
+
+
 def gkd(weight: Any, job: dict[str, Any], fp32: bool = False) -> Method:
     import torch
     from trl.experimental.gkd import GKDTrainer
@@ -344,7 +410,7 @@ def liger_eager(weight: Any, job: dict[str, Any]) -> Method:
     return liger(weight, job, compiled=False)
 
 
-METHODS = {m.__name__: m for m in (floor, ours, gkd, gkd_fp32, trl, liger, liger_eager)}
+METHODS = {m.__name__: m for m in (floor, ours, trainer, gkd, gkd_fp32, trl, liger, liger_eager)}
 
 if __name__ == "__main__":
     main()

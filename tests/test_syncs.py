@@ -1,0 +1,151 @@
+"""How often the host would wait for a GPU, counted on a CPU; and tensors that would be made on the wrong device, found
+on torch's `meta` device: its tensors refuse to mix with those of a CPU, and cannot be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import perturb
+from hostreads import HostReads
+from tiny import ROWS, tiny_model
+
+from pgkd_peft import divergence, projection, rollout
+from pgkd_peft.divergence import linear_jsd
+from pgkd_peft.model.load import attach_lora
+from pgkd_peft.rollout import generate, pick
+
+MICRO_BATCH = 9  # reads of one micro-batch, forward, loss and backward; Transformers' look at the mask is one of them
+SETTINGS = {"stop_ids": [], "pad_id": 0, "temperature": 1.0}
+PROMPTS = [[5, 40, 41], [5, 60, 61, 62]]
+
+
+def test_what_is_counted():
+    """Each kind once, or the bounds below say nothing."""
+    values, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+    for read in (
+        lambda: values[0].item(),
+        lambda: bool(values[0]),
+        lambda: float(values.sum()),
+        lambda: values.tolist(),
+        lambda: values.cpu(),
+        lambda: mask.nonzero(),
+        lambda: values[mask],
+        lambda: values.index_put((mask,), torch.tensor(1.0)),
+        lambda: torch.equal(values, values),
+        lambda: values.masked_select(mask),
+    ):
+        with HostReads() as reads:
+            read()
+        assert reads.count == 1, reads.places
+    with HostReads() as reads:
+        values[torch.tensor([0, 2])].where(mask[:2], 0.0).sum().topk(1)
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"clip": 0.1, "clip_mode": "token"}], ids=str)
+def test_the_loss_reads_nothing(options):
+    student = torch.randn(6, 8, requires_grad=True)
+    with HostReads() as reads:
+        result = linear_jsd(student, torch.randn(6, 8), torch.randn(30, 8), sampled_ids=torch.arange(6), **options)
+        result.divergence.sum().backward()
+    assert reads.count == 0, reads.places
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_reads_of_a_micro_batch(bf16, make_trainer):
+    counts = []
+    trainer = make_trainer(
+        model=perturb(attach_lora(tiny_model())),
+        rows=ROWS,
+        config={"bf16": bf16, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2},
+    )
+    step = trainer.training_step
+
+    def counted(*args, **kwargs):
+        with HostReads() as reads:
+            loss = step(*args, **kwargs)
+        counts.append(reads)
+        return loss
+
+    trainer.training_step = counted
+    trainer.train()
+    assert len(counts) == 8
+    for reads in counts:
+        assert reads.count <= MICRO_BATCH, reads.places
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
+def test_reads_of_a_token(kind, monkeypatch):
+    """Once in eight tokens and once at the end, whatever the number of rows and of layers."""
+    monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
+    model = tiny_model(kind)
+    for new in (8, 32):
+        with HostReads() as reads:
+            generate(model, PROMPTS, max_new_tokens=new, **SETTINGS)
+        assert reads.count <= new // 8, reads.places
+    assert model.config._attn_implementation == "sdpa"  # put back
+
+
+def test_masks_that_nobody_reads_change_nothing(monkeypatch):
+    model = tiny_model()
+    expected = generate(model, PROMPTS, max_new_tokens=20, **SETTINGS)
+    monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
+    assert generate(model, PROMPTS, max_new_tokens=20, **SETTINGS) == expected
+
+
+# ---- a device that is not the CPU ------------------------------------------------------------------------------------
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The paths of a GPU, on `meta`; the kernel without its compiler."""
+    seen = []
+
+    def eager(settings):
+        seen.append(settings)
+        return lambda zs, zt, ids: divergence._rows(zs.clone(), zt.clone(), ids, *settings)
+
+    monkeypatch.setattr(divergence, "_compiled", eager)
+    monkeypatch.setattr(divergence, "fuses", lambda device: device == META)
+    monkeypatch.setattr(projection, "has_wide_products", lambda device: device == META)
+    monkeypatch.setattr(rollout, "READ_EVERY", {"meta": 8})
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compiles", [True, False])
+def test_every_tensor_of_the_loss_is_on_its_device_and_none_is_read(dtype, compiles, as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(divergence, "_can_compile", compiles)
+    student = torch.empty(12, 16, dtype=dtype, device=META, requires_grad=True)
+    teacher, weight = (torch.empty(n, 16, dtype=dtype, device=META) for n in (12, 300))
+    ids = torch.empty(12, dtype=torch.long, device=META)
+    for options in ({}, {"top_k": 4}, {"softcap": 3.0, "clip": 1.0}, {"teacher_head_weight": weight.clone()}):
+        result = linear_jsd(student, teacher, weight, sampled_ids=ids, chunk_mib=0.02, **options)
+        result.divergence.sum().backward()
+        assert result.divergence.device == student.grad.device == META
+        assert (result.divergence.dtype, student.grad.dtype) == (torch.float32, dtype)
+    assert bool(as_on_a_gpu) == compiles
+    for *_, grad_dtype in as_on_a_gpu:
+        assert grad_dtype == dtype  # products of 16-bit gradients, not of float32 ones
+
+
+def test_a_tensor_on_the_wrong_device_would_be_seen(as_on_a_gpu):
+    student, weight = torch.empty(12, 16, device=META), torch.empty(300, 16, device=META)
+    with pytest.raises(RuntimeError, match="device"):
+        linear_jsd(student, torch.empty(12, 16), weight)
+    with pytest.raises(RuntimeError, match="device"):
+        pick(torch.empty(3, 700, device=META), 0.7, torch.empty(3, dtype=torch.float64))
+
+
+def test_every_tensor_of_a_rollout_is_on_its_device_and_the_first_read_is_that_of_the_stops(as_on_a_gpu):
+    passes = []
+    model = tiny_model().to(META)
+    model.register_forward_hook(lambda *_: passes.append(None))
+    with pytest.raises(NotImplementedError, match="meta") as error:
+        generate(model, PROMPTS, max_new_tokens=20, **SETTINGS)
+    lines = [str(entry.statement) for entry in error.traceback if entry.path.name == "rollout.py"]
+    assert "finished.tolist()" in lines[-1]
+    assert len(passes) == 8  # the prompts, and seven tokens
+    assert model.config._attn_implementation == "sdpa"
