@@ -75,9 +75,7 @@ def read(
     order = sorted(made, key=lambda row: len(row.teacher_prompt) + len(row.completion))
     for start in range(0, len(order), at_once or max(1, len(order))):
         score_teacher(model, order[start : start + at_once] if at_once else order, pad_id)
-    return Reading(
-        [row.teacher_hidden for row in made if row.teacher_hidden is not None], head or Head(model, may_train=True)
-    )
+    return Reading([row.teacher_hidden for row in made if row.teacher_hidden is not None], head or Head(model))
 
 
 def read_as(model: nn.Module, which: str, rows: Pairs, pad_id: int, *, at_once: int | None = None) -> Reading:

@@ -15,7 +15,7 @@ from transformers import Trainer, get_scheduler
 from trl.experimental.gkd import GKDConfig
 
 from .errors import ConfigError, PGKDError, explained, reason
-from .inherited import MAPPINGS, RANGES, REFUSED
+from .trl_compat import MAPPINGS, RANGES, REFUSED
 
 logger = logging.getLogger(__name__)
 

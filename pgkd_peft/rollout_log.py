@@ -1,17 +1,27 @@
-"""Readable rollouts: the student's and the teacher's answer to the same prompt, side by side."""
+"""Readable rollouts: the student's and the teacher's answer to the same prompt, side by side; and token by token the
+divergence and what each would have said.
+
+Shapes: N completion tokens of one row, V vocabulary, K kept candidates.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
+from .compare import Reading, compare, read
+from .data.tokens import decode, token_texts
+from .model.adapters import adapter_state
+from .model.head import Head
 from .rollout import generate
 from .rows import Row
-from .run.folder import COMPLETIONS_FILE
+from .run.folder import COMPLETIONS_FILE, TRACE_FILE
 from .run.jsonl import append_lines
-from .trace import append_traces, trace_rows
 
 
 class RolloutLogCallback(TrainerCallback):
@@ -83,3 +93,110 @@ def show(records: list[dict[str, Any]], max_chars: int) -> None:
     for record in records:
         table.add_row(cut(record["prompt"], tail=True), cut(record["student"]), cut(record["teacher"]))
     Console().print(table)
+
+
+# ---- token by token -------------------------------------------------------------------------------------------------
+
+TOP = 5
+
+
+def trace_rows(trainer: Any, rows: Sequence[Row], *, top: int = TOP) -> list[dict[str, Any]]:
+    """What happens at each completion token of `rows`, with the weights as they are now.
+
+    Costs one forward without gradient of the student and one of the teacher over these rows, and the head over their
+    completion tokens, in chunks of ``loss_chunk_mib``.
+
+    Returns:
+        One dict of plain JSON types a row: ``prompt``, ``teacher_prompt`` (text, special tokens visible),
+        ``has_privileged``, ``truncated``, ``generated``, and lists with one entry a completion token: ``tokens``
+        (text), ``divergence`` (nats, as the loss measures it, but never clipped), ``in_loss``, ``student_p`` and
+        ``teacher_p`` (probability of the token), ``student_top`` and ``teacher_top`` (the `top` likeliest tokens as
+        [text, probability]).
+    """
+    tokenizer = trainer.processing_class
+    records = []
+    student, teacher = read_both(trainer, rows)
+    for i, row in enumerate(rows):
+        mine, theirs = student.some([i]), teacher.some([i])
+        divergence = token_divergence(trainer, mine, theirs, beta=trainer.beta)
+        student_p, student_top = _candidates(trainer, mine, row.completion, top)
+        teacher_p, teacher_top = _candidates(trainer, theirs, row.completion, top)
+        kept = set(range(len(row.completion))[row.keep])
+        records.append(
+            {
+                "prompt": decode(tokenizer, row.prompt),
+                "teacher_prompt": decode(tokenizer, row.teacher_prompt),
+                "has_privileged": row.has_privileged,
+                "truncated": row.truncated,
+                "generated": row.generated,
+                "tokens": token_texts(tokenizer, row.completion),
+                "divergence": [round(value, 5) for value in divergence.tolist()],
+                "in_loss": [i in kept for i in range(len(row.completion))],
+                "student_p": student_p,
+                "teacher_p": teacher_p,
+                "student_top": student_top,
+                "teacher_top": teacher_top,
+            }
+        )
+    return records
+
+
+def read_both(trainer: Any, rows: Sequence[Row]) -> tuple[Reading, Reading]:
+    """How the student, after its own prompt, and the teacher, after its, read every completion token."""
+    with adapter_state(trainer.model, "shared") as model:
+        own = [(row.prompt, row.completion) for row in rows]
+        student = read(model, own, trainer.pad_id, head=trainer.head)
+    with trainer.teacher.weights() as model:
+        better = [(row.teacher_prompt, row.completion) for row in rows]
+        return student, read(model, better, trainer.pad_id, head=trainer.teacher_head)
+
+
+def token_divergence(trainer: Any, student: Reading, teacher: Reading, *, beta: float) -> torch.Tensor:
+    """The loss's divergence (N,) in nats, without its clip; `beta` 0 is KL(teacher || student)."""
+    args = trainer.args
+    return compare(
+        teacher,
+        student,
+        beta=beta,
+        temperature=args.loss_temperature,
+        normalize=args.normalize_beta,
+        top_k=args.loss_top_k,
+        chunk_mib=args.loss_chunk_mib,
+    ).divergence
+
+
+@torch.no_grad()
+def _candidates(
+    trainer: Any, reading: Reading, completion: list[int], top: int
+) -> tuple[list[float], list[list[list[Any]]]]:
+    """Each token's own probability, and the likeliest tokens there as [text, probability]."""
+    own: list[float] = []
+    likeliest: list[list[list[Any]]] = []
+    head, hidden = reading.head, torch.cat(reading.hidden)
+    vocabulary = head.weight.shape[0] if isinstance(head.weight, torch.Tensor) else 2**17
+    rows = max(1, int(trainer.args.loss_chunk_mib * 2**20 // (vocabulary * 8)))
+    for start in range(0, len(hidden), rows):
+        chunk = hidden[start : start + rows]
+        probs = torch.softmax(head_logits(head, chunk) / trainer.args.loss_temperature, dim=-1)  # (chunk, V)
+        ids = torch.tensor(completion[start : start + rows], device=probs.device)
+        own += [round(p, 5) for p in probs.gather(1, ids[:, None]).squeeze(1).tolist()]
+        values, index = probs.topk(min(top, probs.shape[-1]), dim=-1)  # (chunk, K)
+        for row_values, row_index in zip(values.tolist(), index.tolist()):
+            texts = [decode(trainer.processing_class, [i]) for i in row_index]
+            likeliest.append([[text, round(p, 5)] for text, p in zip(texts, row_values)])
+    return own, likeliest
+
+
+def head_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's logits (N, V) in fp32, with its own scale and soft cap."""
+    if isinstance(head.weight, torch.Tensor):
+        logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    else:
+        logits = head.weight(hidden).float()
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def append_traces(folder: str | os.PathLike, records: Iterable[dict[str, Any]], step: int) -> None:
+    """Add records to the run folder's ``traces.jsonl``, each with its step."""
+    append_lines(Path(folder) / TRACE_FILE, ({"step": step, **record} for record in records))

@@ -33,10 +33,10 @@ from .config import PrivilegedGKDConfig
 from .conformance import check_model
 from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from .data.feedback import load_feedback, with_feedback
 from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError, explained
-from .feedback import load_feedback, with_feedback
 from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.head import Head
 from .model.load import base_of

@@ -27,8 +27,8 @@ from trl.experimental.gkd import GKDConfig
 import pgkd_peft
 from pgkd_peft import PrivilegedGKDConfig, cli
 from pgkd_peft.errors import REASON_LENGTH, ConfigError, ModelError, RunFinished, explained, reason
-from pgkd_peft.inherited import HARMLESS, RANGES, REFUSED, USED
 from pgkd_peft.run.place import LOCK_FILE, check_writable, locked
+from pgkd_peft.trl_compat import HARMLESS, RANGES, REFUSED, USED
 
 REPO = Path(pgkd_peft.__file__).parent.parent
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4711\n"

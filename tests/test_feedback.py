@@ -8,8 +8,8 @@ import pytest
 from tiny import byte_tokenizer
 
 from pgkd_peft import DataCollatorForPrivilegedGKD
+from pgkd_peft.data.feedback import load_feedback, with_feedback
 from pgkd_peft.errors import ConfigError, DataError
-from pgkd_peft.feedback import load_feedback, with_feedback
 from pgkd_peft.rows import Row
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "feedback" / "small_programs.py"

@@ -16,9 +16,9 @@ from tiny import ROWS
 
 from pgkd_peft.cli.report import main
 from pgkd_peft.errors import ConfigError
+from pgkd_peft.rollout_log import append_traces, trace_rows
 from pgkd_peft.rows import rows_of
 from pgkd_peft.run.jsonl import append_lines
-from pgkd_peft.trace import append_traces, trace_rows
 from pgkd_peft.view.report import choose_traces, collect, difference, read_metrics, read_results, spread, write_report
 from pgkd_peft.view.report_page import csp_hash, number, render, script_json
 

@@ -9,8 +9,8 @@ import torch
 from conftest import perturb
 from tiny import ROWS
 
+from pgkd_peft.rollout_log import TRACE_FILE, append_traces, trace_rows
 from pgkd_peft.rows import rows_of
-from pgkd_peft.trace import TRACE_FILE, append_traces, trace_rows
 
 
 def distributions(model, prompt, completion):

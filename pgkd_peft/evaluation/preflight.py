@@ -24,9 +24,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ..model.adapters import adapter_state
 from ..rollout import generate
+from ..rollout_log import read_both, token_divergence
 from ..rows import Row, rows_of
 from ..run.memory import OutOfMemoryError, is_out_of_memory
-from ..trace import read_both, token_divergence
 from ..trainer import PrivilegedSelfDistillTrainer
 from .scorers import Scorer, make_scorer
 

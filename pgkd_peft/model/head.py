@@ -24,21 +24,15 @@ class Head:
         bias: (V,) or None.
         softcap, scale: see :func:`logit_shape`.
 
-    Args:
-        may_train: it is only read, without a gradient.
-
     Raises:
         ModelError: the model has no output head.
-        ConfigError: the head trains.
     """
 
-    def __init__(self, model: nn.Module, *, may_train: bool = False):
+    def __init__(self, model: nn.Module):
         base = base_of(model)
         module = base.get_output_embeddings()
         if module is None:
             raise ModelError(f"{type(base).__name__} has no output head to compare distributions with")
-        if not may_train and any(parameter.requires_grad for parameter in module.parameters()):
-            raise ConfigError(head_trains("the adapter (its target_modules, modules_to_save, bias or token indices)"))
         plain = type(module) is nn.Linear
         self.weight: torch.Tensor | nn.Module = module.weight if plain else module
         self.bias: torch.Tensor | None = module.bias if plain else None
@@ -58,6 +52,17 @@ class Head:
     def rows(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Hidden states in the dtype that the model's own head is given them."""
         return hidden_ND if self.dtype is None else hidden_ND.to(self.dtype)
+
+
+def check_head_frozen(model: nn.Module) -> None:
+    """Refuse a student whose adapter trains the output head in whatever way.
+
+    Raises:
+        ConfigError: it does.
+    """
+    module = base_of(model).get_output_embeddings()
+    if module is not None and any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(head_trains("the adapter (its target_modules, modules_to_save, bias or token indices)"))
 
 
 def head_trains(what: str) -> str:

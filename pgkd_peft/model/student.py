@@ -15,7 +15,7 @@ from ..errors import ConfigError, ModelError, explained, read_object, read_text
 from .adapters import ADAPTER_FILE, STUDENT, load_adapter
 from .architecture import fused_experts, lora_targets, shares
 from .cpu import guard_cpu_linear4bit, use_short_backward
-from .head import refuse_trainable_head
+from .head import check_head_frozen, refuse_trainable_head
 from .load import attach_lora, base_of, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
 from .lora import check_lora, check_names_of
 
@@ -135,6 +135,7 @@ def build_student(
         if adapter:
             model = _continue_from(model, adapter)
             guard_cpu_linear4bit(model)
+            check_head_frozen(model)
             return model, f"{loaded}training continues from the adapter {adapter}"
     elif quantization_config is not None:
         raise ConfigError(
@@ -144,6 +145,7 @@ def build_student(
         raise ConfigError("model_init_kwargs is only used when model is a path or Hub id; it is loaded already.")
     if isinstance(model, PeftModel):
         _check_peft_model(model, peft_config)
+        check_head_frozen(model)
         guard_cpu_linear4bit(model)
         use_short_backward(base_of(model), args.device)
         return model, "training the given PeftModel"
@@ -156,6 +158,7 @@ def build_student(
     if not loaded:
         use_short_backward(model, args.device)
     student = attach_lora(model, peft_config)
+    check_head_frozen(student)
     lora = student.peft_config[STUDENT]
     which = "LoRA" if peft_config is not None else "default LoRA"
     targets = "all linear layers" if peft_config is None else f"{len(lora.target_modules or ())} target modules"

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data.collator import DataCollatorForPrivilegedGKD
-from .errors import ConfigError, DataError
-from .rows import Row
+from ..errors import ConfigError, DataError
+from ..rows import Row
+from .collator import DataCollatorForPrivilegedGKD
 
 Feedback = Callable[[Mapping[str, Any], list[str]], Any]
 
