@@ -9,7 +9,7 @@ Shapes: N completion tokens of all rows, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .divergence import Divergence, linear_jsd
+from .divergence import Divergence, jsd_between
 from .model.adapters import adapter_state, switchable_layers
 from .model.head import Head
 from .model.load import base_of
@@ -39,7 +39,9 @@ class Reading:
     def exact(self) -> Reading:
         """The same in float64; in float32 where the head is a module (quantized, or with an adapter)."""
         dtype = torch.float64 if isinstance(self.head.weight, Tensor) else torch.float32
-        return replace(self, hidden=[part.to(dtype) for part in self.hidden])
+        head = copy.copy(self.head)
+        head.dtype = None  # its rows are not to be rounded back
+        return Reading([part.to(dtype) for part in self.hidden], head)
 
     def some(self, rows: Sequence[int]) -> Reading:
         return replace(self, hidden=[self.hidden[i] for i in rows])
@@ -118,18 +120,5 @@ def token_nll(reading: Reading, completions: Sequence[Sequence[int]]) -> list[Te
 
 @torch.no_grad()
 def _measure(first: Reading, second: Reading, *, beta: float = 0.0, **options: Any) -> Divergence:
-    one, two = first.head, second.head
-    return linear_jsd(
-        torch.cat(second.hidden),
-        torch.cat(first.hidden),
-        two.weight,
-        head_bias=two.bias,
-        teacher_head_weight=one.weight,
-        teacher_head_bias=one.bias,
-        softcap=two.softcap,
-        logit_scale=two.scale,
-        teacher_softcap=math.inf if one.softcap is None else one.softcap,
-        teacher_logit_scale=one.scale,
-        beta=beta,
-        **options,
-    )
+    options = {"beta": beta, **options}
+    return jsd_between(torch.cat(second.hidden), second.head, torch.cat(first.hidden), first.head, **options)
