@@ -46,10 +46,10 @@ def commands(text: str) -> list[str]:
 
 @functools.cache
 def help_of(command: str) -> str:
-    """What `pgkd COMMAND --help` prints; inspect takes the flags of train as well."""
+    """What `pgkd COMMAND --help` prints; inspect and bake take the flags of train as well."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert cli.main([command, "--help"]) == 0
-        if command == "inspect":
+        if command in ("inspect", "bake"):
             cli.main(["train", "--help"])
     return printed.getvalue()
 
@@ -142,7 +142,7 @@ def test_example_row_in_the_readme_is_a_row():
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, llama_path, capsys):
     """The block with MODEL and rows.jsonl, on a tiny model, one step long."""
-    (block,) = [block for block in blocks(README, "bash") if "MODEL" in block]
+    (block,) = [block for block in blocks(README, "bash") if "MODEL" in block and "rows.jsonl" in block]
     (row,) = blocks(README, "json")
     line = json.dumps(json.loads(row)) + "\n"
     for name in ("rows.jsonl", "heldout.jsonl"):
@@ -158,7 +158,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, llama_path, capsy
         code = cli.main([*words, *short.get(words[0], [])])
         assert code == 0, capsys.readouterr().err
         ran.append(words[0])
-    assert ran == ["inspect", "train", "eval", "merge", "report"]
+    assert ran == ["inspect", "train", "eval", "merge", "report", "runs"]
     assert (tmp_path / "runs" / "mine-merged" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert "recovered gap" in capsys.readouterr().out

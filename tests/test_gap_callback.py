@@ -44,14 +44,20 @@ def letters(answer, row):
 
 class Scripted:
     """A scorer by which the base scores 0, the teacher 1 and the student what the script says, evaluation by
-    evaluation. It counts the answers that it sees: base, teacher, then the student at every evaluation."""
+    evaluation. It counts the answers that it sees: base, teacher, then the student at every evaluation, and before it
+    the teacher once more where it `moves`."""
 
-    def __init__(self, rows: int, script: list[float]):
+    def __init__(self, rows: int, script: list[float], moves: bool = False):
         self.rows, self.script, self.calls = rows, script, -rows  # RecoveredGapCallback tries every row once
+        self.moves = moves
 
     def __call__(self, answer, row) -> float:
         turn, self.calls = self.calls // self.rows, self.calls + 1
-        return 0.0 if turn <= 0 else 1.0 if turn == 1 else self.script[turn - 2]
+        if turn <= 1:
+            return float(turn == 1)
+        if self.moves:
+            return 1.0 if turn % 2 == 0 else self.script[(turn - 3) // 2]
+        return self.script[turn - 2]
 
 
 def curve(trainer, name):
@@ -250,6 +256,7 @@ def test_evaluations_change_no_weight(make_trainer, tmp_path, lmbda):
 
 def best_run(make_trainer, script, **settings):
     callbacks = settings.pop("callbacks", [])
+    moves = settings.get("teacher_adapter") == "ema"
     trainer = make_trainer(
         config={
             **EVALUATE,
@@ -262,7 +269,7 @@ def best_run(make_trainer, script, **settings):
             **settings,
         },
         eval_dataset=dataset(),
-        callbacks=[*callbacks, RecoveredGapCallback(HELD_OUT, Scripted(len(HELD_OUT), script))],
+        callbacks=[*callbacks, RecoveredGapCallback(HELD_OUT, Scripted(len(HELD_OUT), script, moves))],
     )
     trainer.train()
     trainer.save_model()
@@ -398,3 +405,16 @@ def test_with_a_scorer_the_best_adapter_is_the_one_with_the_largest_gap(recipe):
 def test_evaluations_that_cannot_be_are_refused(recipe, capsys, changes, words):
     assert cli.main(["train", "--config", recipe(**changes)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["disabled", "shared"])
+def test_the_column_teacher_is_the_run_s_own_teacher(make_trainer, which):
+    """A teacher that shares the student's weights answers with them, and is asked again at every evaluation."""
+    callback = RecoveredGapCallback(HELD_OUT, scorer=lambda answer, row: float(len(answer)))
+    trainer = make_trainer(config={"teacher_adapter": which}, callbacks=[callback])
+    callback.prepare(trainer)
+    before = list(callback.known.completions["teacher"])
+    perturb(trainer.model)
+    result = callback._answer(trainer, ("base", "teacher", "student"))
+    assert result.completions["base"] == callback.known.completions["base"]
+    assert (result.completions["teacher"] == before) == (which == "disabled")

@@ -400,6 +400,7 @@ def test_two_steps_on_a_tiny_model(path, models, tmp_path):
         "output_dir": run,
         "max_steps": 2,
         "max_length": 2048,  # a token is a byte here
+        "allow_privileged_cut": True,
         "max_new_tokens": 4,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,

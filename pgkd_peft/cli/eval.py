@@ -209,9 +209,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
         result.extra["controls"] = {name: control_summary(other) for name, other in compared.items()}
 
     show(result, console, args.show)
-    if run.info.get("control"):
-        result.extra["control"] = run.info["control"]
-        console.print(f"[bold]This is the control {run.info['control']} of a run, not the run itself.[/]")
+    say_what_it_is(run, result, console)
     told = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
     if len(rows) < all_rows:
         told["limit"] = len(rows)
@@ -223,6 +221,19 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     out = written
     console.print(f"Results: {out}; every answer: {answers_file(out)}")
     return 0
+
+
+def say_what_it_is(run: AdapterRun, result: Evaluation, console: Console) -> None:
+    """What the table cannot say: another teacher than the base, or a control."""
+    taught = run.info.get("teacher_adapter") or "disabled"
+    if taught != "disabled":
+        console.print(
+            f"The run's teacher was {taught!r}; the column base with PI shows the base itself, which taught nobody.",
+            markup=False,
+        )
+    if run.info.get("control"):
+        result.extra["control"] = run.info["control"]
+        console.print(f"[bold]This is the control {run.info['control']} of a run, not the run itself.[/]")
 
 
 def text_ids(path: str, collator: DataCollatorForPrivilegedGKD) -> list[int]:

@@ -86,6 +86,7 @@ def judge(trainer: RunTrainer, held_out: Dataset, data: DataArguments) -> None:
         columns=("base", "teacher", "student"),
         group_key=group_key,
         student=trainer.student_weights,
+        teacher=trainer.teacher.weights if trainer.teacher is not None else None,
     )
     add_nats(result, trainer.model, collator, group_key, seed=0)
     folder = Path(str(config.output_dir))

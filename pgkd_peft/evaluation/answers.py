@@ -182,6 +182,7 @@ def evaluate(
     seed: int = 0,
     known: Evaluation | None = None,
     student: Callable[[], AbstractContextManager[nn.Module]] | None = None,
+    teacher: Callable[[], AbstractContextManager[nn.Module]] | None = None,
 ) -> Evaluation:
     """Answer every row as each column does, greedily, and score the answers.
 
@@ -196,6 +197,7 @@ def evaluate(
         bootstrap_samples: of the interval, see :func:`bootstrap_recovered`; 0 leaves it out.
         known: an evaluation of the same rows, scorer and base, of which base and teacher are taken over.
         student: gives the weights that answer as the student, such as a run's rollout engine; default: `model` itself.
+        teacher: gives the weights that answer as the teacher, such as a run's; default: the base.
 
     Raises:
         DataError: a row cannot be used.
@@ -216,14 +218,20 @@ def evaluate(
     )
     for column in columns:
         assert column in COLUMNS, column
-        if known is not None and column in ("base", "teacher"):
+        if known is not None and column in ("base", "teacher") and column in known.answers:
             for mine, theirs in zip(result.by_column(), known.by_column()):
                 if column in theirs:
                     mine[column] = theirs[column]
             continue
         prompts = [row["teacher_ids" if column in ("teacher", "student_with_pi") else "student_ids"] for row in encoded]
-        own = column not in ("base", "teacher")
-        with student() if own and student else adapter_state(model, "shared" if own else "disabled") as weights:
+        if column == "base" or (column == "teacher" and teacher is None):
+            source: AbstractContextManager[nn.Module] = adapter_state(model, "disabled")
+        elif column == "teacher":
+            assert teacher is not None
+            source = teacher()
+        else:
+            source = student() if student is not None else adapter_state(model, "shared")
+        with source as weights:
             completions = generate(
                 weights, prompts, max_new_tokens=max_new_tokens, stop_ids=stops, pad_id=collator.pad_token_id
             )

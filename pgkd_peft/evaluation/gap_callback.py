@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -145,10 +146,21 @@ class RecoveredGapCallback(GapCallback):
             self.scorer,
             max_new_tokens=self.max_new_tokens or trainer.args.max_new_tokens,
             columns=columns,
-            known=self.known,
+            known=self._still_known(trainer),
             bootstrap_samples=0,
             student=trainer.student_weights,
+            teacher=trainer.teacher.weights if trainer.teacher is not None else None,
         )
+
+    def _still_known(self, trainer: RunTrainer) -> Evaluation | None:
+        """What base and teacher said at the start; a teacher that moves (shared, ema) is asked each time."""
+        if self.known is None or trainer.teacher is None or trainer.teacher.fixed:
+            return self.known
+        names = ("answers", "scores", "lengths", "truncated", "completions")
+        without: dict[str, Any] = {
+            name: {k: v for k, v in getattr(self.known, name).items() if k != "teacher"} for name in names
+        }
+        return dataclasses.replace(self.known, **without)
 
     def _scores(self, trainer: Any, result: Evaluation | None, columns: Sequence[str]) -> dict[str, float]:
         """Mean score by column over the rows of all ranks; `result` has those of this rank."""
