@@ -23,7 +23,7 @@ LEAST_GAP = 2.0
 """Nats by which the PI must favour the teacher's answer: a factor of seven."""
 MOST_UNSURE = 1.0
 """Nats a token: a teacher less sure of its own answer than this guesses, for the passage does not say it."""
-HELD_OUT_EVERY = 8
+HELD_OUT_EVERY = 12
 SYSTEMS = (None, "Answer in one short sentence.", "You are a helpful assistant.")
 """System turns that questions on a document are asked under, in turn: nobody knows which one will stand there."""
 
