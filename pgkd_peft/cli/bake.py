@@ -44,8 +44,8 @@ SETTINGS: dict[str, Any] = {
 }
 EPOCHS = 4.0
 LEAST_STEPS = 100
-# Of the rate of the rule for a whole run, as the peak of one that falls to zero. At a width of 576 it is the 2e-3 that the
-# facts recipe found by hand.
+# The rule's rate is one for a whole run; this one falls to zero and so begins higher. At a width of 576 that is the
+# 2e-3 which the facts recipe found by hand.
 RATE_FACTOR = 1.5
 SHARE_OF_TRAINING = 0.9  # of --minutes: after it there is only judging
 
