@@ -190,9 +190,16 @@ def tidy(text: str) -> str:
 
 
 def is_about(question: str, passage: Passage) -> bool:
-    """Whether a question names something of its passage: nobody can answer "Who is it?"."""
-    words = content_words(passage.privileged)
-    return bool(words & content_words(question))
+    """Whether a question names something of its passage: nobody can answer "Who is it?", nor "What is the ship called?"
+    where the passage speaks of one captain's ship. Where a passage has names, one of them must be there."""
+    asked = content_words(question)
+    return bool((names(passage.privileged) or content_words(passage.privileged)) & asked)
+
+
+def names(text: str) -> set[str]:
+    """Words with a capital that do not begin a sentence or a line, in lower case."""
+    found = re.findall(r"(?<![.!?:\n])[ \t(\"']+([^\W\d_a-z]\w+)", text)
+    return {word.lower() for word in found if not word.islower()} - _COMMON
 
 
 def content_words(text: str) -> set[str]:

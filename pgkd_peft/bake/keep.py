@@ -67,10 +67,10 @@ class Keeper:
         """Whether a line is new, or was edited since it was answered."""
         return question.asked != self.digest(question)
 
-    def row(self, question: Question) -> dict[str, Any]:
-        """A training row, with the reference answer where there is one."""
+    def row(self, question: Question, *, with_answer: bool = True) -> dict[str, Any]:
+        """A row to train on, or without the answer one to judge on: the teacher's sentence is no label to be met."""
         messages = question.messages()
-        if question.answer:
+        if question.answer and with_answer:
             messages.append({"role": "assistant", "content": question.answer})
         row: dict[str, Any] = {"messages": messages}
         if question.passage is not None and question.use != "anchor":
@@ -94,16 +94,16 @@ class Keeper:
             question.answer = self.collator.tokenizer.decode(ids, skip_special_tokens=True).strip()
             question.gap = round(float(untold[i] - told[i]), 3)
             question.unsure = round(float(told[i] / len(ids)), 3)
-            self.decide(question)
+            self.decide(question, ended=ids[-1] in self.stops)
 
-    def decide(self, question: Question) -> None:
+    def decide(self, question: Question, *, ended: bool = True) -> None:
         """Set ``use`` and ``why``; what the user has set stays, as long as it can be trained."""
         own = question.use
-        question.use, question.why = self._verdict(question)
+        question.use, question.why = self._verdict(question, ended)
         if own and not (own in ("train", "heldout") and not question.answer):
             question.use, question.why = own, question.why if own == question.use else "by hand"
 
-    def _verdict(self, question: Question) -> tuple[str, str]:
+    def _verdict(self, question: Question, ended: bool) -> tuple[str, str]:
         if not question.answer:
             return "dropped", "the teacher says nothing"
         held_out = self._held_out(question)
@@ -114,6 +114,8 @@ class Keeper:
         if self.least_gap is not None:
             if question.gap < self.least_gap:
                 return "anchor", "without effect"
+            if not ended:
+                return "dropped", "the answer does not end"
             if speaks_of_the_text(question.answer):
                 return "dropped", "the answer speaks of the text"
             if question.unsure > MOST_UNSURE:

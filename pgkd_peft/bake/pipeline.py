@@ -223,8 +223,9 @@ def rows_of(questions: Sequence[Question], keeper: Keeper) -> tuple[list[dict], 
             f"no question is worth training on: {counted(questions)}. Look at {QUESTIONS_FILE}; a larger base or "
             "--writer_url writes better questions, --requests gives your own, --questions asks for more."
         )
-    held_out = [keeper.row(q) for q in questions if q.use == "heldout" and q.passage is not None]
-    neutral = [keeper.row(q) for q in questions if q.use == "heldout" and q.passage is None]
+    judged = [q for q in questions if q.use == "heldout"]
+    held_out = [keeper.row(q, with_answer=False) for q in judged if q.passage is not None]
+    neutral = [keeper.row(q, with_answer=False) for q in judged if q.passage is None]
     return train, held_out, neutral
 
 

@@ -90,7 +90,13 @@ def header(data: Mapping[str, Any]) -> str:
         f"seed {run['seed']}" if "seed" in run else "",
     ]
     tiles: list[tuple[str, str, str]] = []
-    if "recovered" in result:
+    if is_number(result.get("recovered_nats")):
+        interval = result.get("recovered_nats_interval")
+        note = "of what the PI changes, on the teacher's answers"
+        if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
+            note = f"95% interval {interval[0]:.2f} to {interval[1]:.2f}, {note}"
+        tiles.append(("recovered, in nats", number(result["recovered_nats"], ".2f"), note))
+    if result.get("recovered") is not None:
         interval = result.get("recovered_interval")
         note = f"n = {result['n']}" if is_number(result.get("n")) else ""
         if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
