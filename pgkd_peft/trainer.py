@@ -373,9 +373,9 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             self.add_callback(AverageCallback(self))
         if args.rollout_log_steps:
             self.add_callback(RolloutLogCallback(self))
-        note = collator.builder.placement_note if isinstance(collator, DataCollatorForPrivilegedGKD) else None
+        notes = collator.builder.notes if isinstance(collator, DataCollatorForPrivilegedGKD) else []
         summary = report.summary() if report else "the rows are checked one by one when their turn comes"
-        for line in (loaded, summary, note, start_block(args.automatic), args.divergence_in_words()):
+        for line in (loaded, summary, *notes, start_block(args.automatic), args.divergence_in_words()):
             if line:
                 self.say(line)
         if self.teacher.separate is None and args.teacher_adapter == "disabled":

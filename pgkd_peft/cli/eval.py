@@ -291,7 +291,7 @@ def collator_of(run: AdapterRun) -> DataCollatorForPrivilegedGKD:
 
     source = run.folder if (run.folder / "tokenizer_config.json").is_file() else run.base
     names = ("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template")
-    names += ("allow_privileged_cut",)
+    names += ("allow_privileged_cut", "template_date")
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
     settings["max_length"] = None  # of an answer only the prompt is read here
     return DataCollatorForPrivilegedGKD(load_tokenizer(str(source)), **settings)

@@ -17,6 +17,7 @@ from .columns import COLUMNS
 from .contexts import Contexts
 from .files import bad_rows_error, ranges, to_dataset
 from .load import _column_names, _near
+from .template import unread_variable
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def validate_rows(
     skipped: list[int] = []
     leaks: list[int] = []
     markup: list[int] = []
+    found: dict[str, list[int]] = {}
     lengths: list[tuple[int, int, int, int, int]] = []
     for i, row in enumerate(rows):
         try:
@@ -134,6 +136,8 @@ def validate_rows(
                 contexts.privileged_tokens_cut,
             )
         )
+        for fault in _told(collator, encoded):
+            found.setdefault(fault, []).append(i)
         if leaked(contexts, encoded["student_text"]):
             leaks.append(i)
         if has_markup(contexts, collator.special_tokens):
@@ -156,6 +160,7 @@ def validate_rows(
         warnings.append(f"the PI of {len(leaks)} rows stands in the student's prompt as well: rows {ranges(leaks)}")
     if markup:
         warnings.append(f"the text of {len(markup)} rows holds special tokens, which act as markup: {ranges(markup)}")
+    warnings += [f"{fault}: {len(numbers)} rows ({ranges(numbers)})" for fault, numbers in found.items()]
     return DataReport(
         kept=kept,
         skipped_long=skipped,
@@ -169,6 +174,23 @@ def validate_rows(
         warnings=warnings,
         fingerprint=fingerprint(rows, key),
     )
+
+
+def _told(collator: DataCollatorForPrivilegedGKD, encoded: dict[str, Any]) -> list[str]:
+    """What is not as the row says, but can be trained on."""
+    contexts, builder = encoded["contexts"], collator.builder
+    lost = encoded["lost_thoughts"]
+    told = [unread_variable(name, builder.read_variables) for name in builder.unread_variables(contexts)]
+    if len(contexts.student) in lost:
+        told.append("the chat template leaves out the answer's thoughts (reasoning_content), which are not learnt")
+    if any(i < len(contexts.student) for i in lost):
+        told.append("the chat template leaves out the thoughts of earlier turns")
+    if contexts.moved:
+        told.append(
+            f"the PI stands in the last user turn, as with placement {builder.placement!r} the chat template would "
+            "change more than the PI"
+        )
+    return told
 
 
 def leaked(contexts: Contexts, student_text: str) -> bool:
