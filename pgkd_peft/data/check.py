@@ -106,17 +106,10 @@ def validate_rows(
     leaks: list[int] = []
     markup: list[int] = []
     found: dict[str, list[int]] = {}
-    lengths: list[tuple[int, int, int, int, int]] = []
+    lengths: list[tuple[int, ...]] = []
     for i, row in enumerate(rows):
         try:
-            encoded = collator.encode(row)
-            contexts = encoded["contexts"]
-            if require_completion and contexts.answer is None:
-                raise DataError(
-                    "no reference answer (an assistant message with text at the end of `messages`), which lmbda < 1 "
-                    "trains on; add one, or set lmbda to 1"
-                )
-            collator.check_length(encoded)
+            encoded = _encode(collator, row, require_completion)
         except RowTooLongError as error:
             if skip_long:
                 skipped.append(i)
@@ -127,15 +120,9 @@ def validate_rows(
             faults[i] = str(error)
             continue
         kept.append(i)
-        lengths.append(
-            (
-                len(encoded["student_ids"]),
-                len(encoded["teacher_ids"]),
-                len(encoded["completion_ids"]),
-                contexts.privileged_tokens,
-                contexts.privileged_tokens_cut,
-            )
-        )
+        contexts = encoded["contexts"]
+        ids = (len(encoded[name]) for name in ("student_ids", "teacher_ids", "completion_ids"))
+        lengths.append((*ids, contexts.privileged_tokens, contexts.privileged_tokens_cut))
         for fault in _told(collator, encoded):
             found.setdefault(fault, []).append(i)
         if leaked(contexts, encoded["student_text"]):
@@ -174,6 +161,16 @@ def validate_rows(
         warnings=warnings,
         fingerprint=fingerprint(rows, key),
     )
+
+
+def _encode(collator: DataCollatorForPrivilegedGKD, row: Any, require_completion: bool) -> dict[str, Any]:
+    encoded = collator.encode(row)
+    if require_completion and encoded["contexts"].answer is None:
+        raise DataError(
+            "no reference answer (an assistant message with text at the end of `messages`), which lmbda < 1 "
+            "trains on; add one, or set lmbda to 1"
+        )
+    return collator.check_length(encoded)
 
 
 def _told(collator: DataCollatorForPrivilegedGKD, encoded: dict[str, Any]) -> list[str]:
