@@ -185,6 +185,16 @@ def test_a_template_without_a_generation_prompt_is_refused():
         made.encode(row("u:Q", "a:A"))
 
 
+def test_tags_around_the_answer_are_learnt():
+    wraps = swap(CHATML, "{% for m in", "{% set tags = {'assistant': ['<|say|>', '<|/say|>']} %}{% for m in")
+    wraps = swap(wraps, "m['content']", "tags.get(m.role, ['', ''])[0] + m['content'] + tags.get(m.role, ['', ''])[1]")
+    wraps = swap(wraps, "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<|say|>'")
+    tokenizer = byte_tokenizer(wraps)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|say|>", "<|/say|>"]})
+    made = DataCollatorForPrivilegedGKD(tokenizer, max_length=None)
+    assert made.tokenizer.decode(made.encode(row("u:Q", "a:A"))["completion_ids"]) == "A<|/say|><|im_end|>"
+
+
 def test_variables_that_the_template_never_reads_are_named():
     thinks = CHATML + "{% if enable_thinking %}<think>{% endif %}"
     made = DataCollatorForPrivilegedGKD(byte_tokenizer(thinks), max_length=None)

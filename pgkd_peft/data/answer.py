@@ -108,6 +108,8 @@ def thinking_fault(opening: str, text: str, thoughts: str, words: str) -> str:
                 f"prompt and answer would have the thinking tags {' '.join(events)}, not one block {tag} {end}{off}; "
                 "take the thoughts out of the answer, or set the template's variables so that they fit"
             )
+        if tag not in THINKING and holds(whole.partition(tag)[2].partition(end)[0], words):
+            continue  # a tag around the answer itself
         inside, _, behind = whole.partition(tag)[2].partition(end)
         if thoughts and holds(whole, thoughts) and not holds(inside, thoughts):
             return f"the answer's thoughts would stand outside of {tag} {end}; write them into `reasoning_content`"
