@@ -74,7 +74,8 @@ def check_shown(messages: Sequence[Mapping[str, Any]], text: str, first: int = 0
     everywhere = squeeze("\x00".join(words)) if len(words) > 1 else ""
     for i, (message, own) in enumerate(zip(messages, words), first):
         plain = squeeze(own)
-        if plain and not (holds(text, own) if len(words) == 1 else _as_often(plain, own, everywhere, squeezed, text)):
+        shown = holds(text, own) if len(words) == 1 else _as_often(plain, own, everywhere, squeezed, text)
+        if not (shown or (_SWITCHES.search(own) and holds(text, _SWITCHES.sub("", own)))):
             if message["role"] == "developer":
                 raise DataError("the chat template drops the `developer` turn; give it the role `system`")
             beside = " beside its tool call" if message.get("tool_calls") else ""
@@ -95,7 +96,7 @@ def _words(message: Mapping[str, Any]) -> str:
     text = message["content"]
     if message["role"] == "assistant":
         text = split_thoughts(dict(message))[1]
-    return _SWITCHES.sub("", text)
+    return str(text)
 
 
 def _check_call(function: Mapping[str, Any], text: str, squeezed: str, where: str) -> None:
