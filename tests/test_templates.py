@@ -199,9 +199,9 @@ def test_tags_around_the_answer_are_learnt():
 def test_a_switch_in_a_turn_may_be_taken_out(template):
     made = DataCollatorForPrivilegedGKD(byte_tokenizer(template), max_length=None)
     made.encode(row("s:Be /no_think brief.", "u:Q /no_think", "a:A"))
+    lossy = DataCollatorForPrivilegedGKD(byte_tokenizer(swap(CHATML, "m['content']", "m['content'].replace('f', '')")))
     with pytest.raises(DataError, match=r"loses the text of messages\[0\]"):
-        lossy = swap(CHATML, "m['content']", "m['content'].replace('brief', '')")
-        DataCollatorForPrivilegedGKD(byte_tokenizer(lossy)).encode(row("s:Be brief.", "u:Q", "a:A"))
+        lossy.encode(row("s:Be brief.", "u:Q", "a:A"))
 
 
 def test_variables_that_the_template_never_reads_are_named():
