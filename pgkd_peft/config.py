@@ -112,6 +112,10 @@ class PrivilegedGKDConfig(GKDConfig):
             "Default: the one of the placement (see pgkd_peft.data.contexts)."
         },
     )
+    template_date: str | None = field(
+        default=None,
+        metadata={"help": "The day (YYYY-MM-DD) that chat templates write as today's. Default: the day of today."},
+    )
     rollout_engine: str = field(
         default="auto",
         metadata={

@@ -418,10 +418,10 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             self.add_callback(AverageCallback(self))
         if args.rollout_log_steps:
             self.add_callback(RolloutLogCallback(self))
-        note = collator.builder.placement_note if isinstance(collator, DataCollatorForPrivilegedGKD) else None
+        notes = collator.builder.notes if isinstance(collator, DataCollatorForPrivilegedGKD) else []
         summary = report.summary() if report else "the rows are checked one by one when their turn comes"
         block = start_block(args.automatic)
-        for line in (loaded, summary, note, block, args.divergence_in_words(), remembered):
+        for line in (loaded, summary, *notes, block, args.divergence_in_words(), remembered):
             if line:
                 self.say(line)
         if self.teacher.separate is None and args.teacher_adapter == "disabled":

@@ -338,7 +338,7 @@ def collator_of(run: AdapterRun, *, trust_remote_code: bool = False) -> DataColl
 
     source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
     names = ["privileged_key", "max_privileged_length", "privileged_placement", "privileged_template"]
-    names += ["allow_privileged_cut"]
+    names += ["allow_privileged_cut", "template_date"]
     settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
     settings["max_length"] = None  # of an answer only the prompt is read here
     tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)

@@ -18,6 +18,7 @@ from .columns import COLUMNS
 from .contexts import Contexts
 from .files import bad_rows_error, ranges, to_dataset
 from .load import _column_names, _near
+from .template import unread_variable
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,6 @@ class DataReport:
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
-def _with_answer(encoded: dict[str, Any], required: bool) -> dict[str, Any]:
-    if required and encoded["contexts"].answer is None:
-        raise DataError(
-            "no reference answer (an assistant message with text at the end of `messages`), which lmbda < 1 "
-            "trains on; add one, or set lmbda to 1"
-        )
-    return encoded
-
-
 def validate_rows(
     rows: Dataset | Sequence[Any],
     collator: DataCollatorForPrivilegedGKD,
@@ -117,20 +109,18 @@ def validate_rows(
     skipped: list[int] = []
     leaks: list[int] = []
     markup: list[int] = []
+    found: dict[str, list[int]] = {}
     lengths: list[tuple[int, ...]] = []  # of both prompts and the answer; of the PI, kept and cut
     teacher_prompts: list[array] = []
     answers: list[array] = []
     for i, row in enumerate(rows):
         try:
-            encoded = collator.check_length(_with_answer(collator.encode(row), require_completion))
-        except RowTooLongError as error:
-            if skip_long:
+            encoded = _encode(collator, row, require_completion)
+        except DataError as error:
+            if skip_long and isinstance(error, RowTooLongError):
                 skipped.append(i)
             else:
                 faults[i] = str(error)
-            continue
-        except DataError as error:
-            faults[i] = str(error)
             continue
         contexts: Contexts = encoded["contexts"]
         kept.append(i)
@@ -138,6 +128,8 @@ def validate_rows(
         lengths.append((*ids, contexts.privileged_tokens, contexts.privileged_tokens_cut))
         teacher_prompts.append(array("i", encoded["teacher_ids"]))
         answers.append(array("i", encoded["completion_ids"]))
+        for fault in _told(collator, encoded):
+            found.setdefault(fault, []).append(i)
         if leaked(contexts, encoded["student_text"]):
             leaks.append(i)
         if has_markup(contexts, collator.special_tokens):
@@ -160,6 +152,7 @@ def validate_rows(
         warnings.append(f"the PI of {len(leaks)} rows stands in the student's prompt as well: rows {ranges(leaks)}")
     if markup:
         warnings.append(f"the text of {len(markup)} rows holds special tokens, which act as markup: {ranges(markup)}")
+    warnings += [f"{fault}: {len(numbers)} rows ({ranges(numbers)})" for fault, numbers in found.items()]
     return DataReport(
         kept=kept,
         skipped_long=skipped,
@@ -175,6 +168,33 @@ def validate_rows(
         teacher_prompts=teacher_prompts,
         answers=answers,
     )
+
+
+def _encode(collator: DataCollatorForPrivilegedGKD, row: Any, require_completion: bool) -> dict[str, Any]:
+    encoded = collator.encode(row)
+    if require_completion and encoded["contexts"].answer is None:
+        raise DataError(
+            "no reference answer (an assistant message with text at the end of `messages`), which lmbda < 1 "
+            "trains on; add one, or set lmbda to 1"
+        )
+    return collator.check_length(encoded)
+
+
+def _told(collator: DataCollatorForPrivilegedGKD, encoded: dict[str, Any]) -> list[str]:
+    """What is not as the row says, but can be trained on."""
+    contexts, builder = encoded["contexts"], collator.builder
+    lost = encoded["lost_thoughts"]
+    told = [unread_variable(name, builder.read_variables) for name in builder.unread_variables(contexts)]
+    if len(contexts.student) in lost:
+        told.append("the chat template leaves out the answer's thoughts (reasoning_content), which are not learnt")
+    if any(i < len(contexts.student) for i in lost):
+        told.append("the chat template leaves out the thoughts of earlier turns")
+    if contexts.moved:
+        told.append(
+            f"the PI stands in the last user turn, as with placement {builder.placement!r} the chat template would "
+            "change more than the PI"
+        )
+    return told
 
 
 def leaked(contexts: Contexts, student_text: str) -> bool:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, DataError
-from .contexts import ContextBuilder, Contexts, squeeze
+from .answer import answer_text, closes_tag, continue_opening, thinking_fault
+from .contexts import ContextBuilder, Contexts
+from .shown import check_shown, holds, lost_thoughts, split_thoughts
 
 if TYPE_CHECKING:
     from ..config import PrivilegedGKDConfig
-
-_NO_THOUGHTS = "\n</think>\n\n"  # ends a thinking block that the generation prompt opened and the answer does not fill
 
 
 class RowTooLongError(DataError):
@@ -51,6 +51,7 @@ class DataCollatorForPrivilegedGKD:
         allow_privileged_cut: cut PI that is over its budget at its end; otherwise such a row is an error.
         context_length: positions that the model has, which prompt and answer must fit; None for no limit.
         max_new_tokens: length of an answer that is yet to be written, for `context_length`.
+        template_date: the day (YYYY-MM-DD) that chat templates write as today's; None for the day of today.
 
     Raises:
         ConfigError, ModelError: a setting or the tokenizer cannot work.
@@ -68,6 +69,7 @@ class DataCollatorForPrivilegedGKD:
         allow_privileged_cut: bool = False,
         context_length: int | None = None,
         max_new_tokens: int = 0,
+        template_date: str | None = None,
     ):
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length}; give a number of tokens, or None for no limit")
@@ -82,6 +84,7 @@ class DataCollatorForPrivilegedGKD:
             max_privileged_length=max_privileged_length,
             privileged_placement=privileged_placement,
             privileged_template=privileged_template,
+            template_date=template_date,
         )
         self.pad_token_id = pad_token_id(tokenizer)
         self.special_tokens = special_tokens(tokenizer)
@@ -105,6 +108,7 @@ class DataCollatorForPrivilegedGKD:
             privileged_placement=config.privileged_placement,
             privileged_template=config.privileged_template,
             allow_privileged_cut=config.allow_privileged_cut,
+            template_date=config.template_date,
             context_length=context_length,
             max_new_tokens=config.max_new_tokens if config.lmbda > 0 or config.seq_kd else 0,
         )
@@ -136,8 +140,9 @@ class DataCollatorForPrivilegedGKD:
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One row as lists of ids, of any length: ``student_ids``, ``teacher_ids``, ``completion_ids`` ([] for a
-        prompt-only row), the prompts as ``student_text`` and ``teacher_text``, and the
-        :class:`~pgkd_peft.data.contexts.Contexts` they come from.
+        prompt-only row), the prompts as ``student_text`` and ``teacher_text``, the
+        :class:`~pgkd_peft.data.contexts.Contexts` they come from, and the index of each turn whose thoughts the
+        template leaves out as ``lost_thoughts``.
 
         Raises:
             DataError: the row cannot be used.
@@ -146,13 +151,17 @@ class DataCollatorForPrivilegedGKD:
         student_text = self.builder.render_student(contexts)
         teacher_text = self.builder.render_teacher(contexts)
         student_ids = self._tokenize(student_text)
+        completion_text = self._completion_text(contexts, student_text) if contexts.answer else ""
+        shown = student_text + completion_text
+        turns = [*contexts.student, contexts.answer] if contexts.answer else contexts.student
         return {
             "student_ids": student_ids,
             "teacher_ids": student_ids if teacher_text == student_text else self._tokenize(teacher_text),
-            "completion_ids": self._completion_ids(contexts, student_text, student_ids),
+            "completion_ids": self._completion_ids(completion_text, student_text, student_ids),
             "student_text": student_text,
             "teacher_text": teacher_text,
             "contexts": contexts,
+            "lost_thoughts": lost_thoughts(turns, shown),
         }
 
     def check_length(self, encoded: dict[str, Any]) -> dict[str, Any]:
@@ -202,11 +211,10 @@ class DataCollatorForPrivilegedGKD:
                 f"{room}; shorten the PI or max_new_tokens{cut}"
             )
 
-    def _completion_ids(self, contexts: Contexts, prompt: str, prompt_ids: list[int]) -> list[int]:
-        """The reference answer as the model would have to write it after the generation prompt."""
-        if contexts.answer is None:
+    def _completion_ids(self, text: str, prompt: str, prompt_ids: list[int]) -> list[int]:
+        """The reference answer's ids as the model would have to write them after the generation prompt."""
+        if not text:
             return []
-        text = self._completion_text(contexts, prompt)
         # Tokenize after the prompt where the prompt's own tokens stay as they are: some tokenizers would put a space
         # before the first word of a text that stands alone.
         joint = self._tokenize(prompt + text)
@@ -215,45 +223,43 @@ class DataCollatorForPrivilegedGKD:
         return self._tokenize(text)
 
     def _completion_text(self, contexts: Contexts, prompt: str) -> str:
-        assert contexts.answer is not None
-        full = self.builder.render(
-            [*contexts.student, contexts.answer],
-            contexts.tools,
-            contexts.chat_template_kwargs,
-            add_generation_prompt=False,
-        )
-        text = full[len(prompt) :] if full.startswith(prompt) else self._after_opening(contexts, prompt, full)
-        if contexts.answer.get("tool_calls"):
+        """The answer as it goes on from the prompt: what the template writes, else the row's own text.
+
+        Raises:
+            DataError: neither gives one thinking block at most, opened and closed once, with the answer behind it.
+        """
+        answer = contexts.answer
+        assert answer is not None
+        template_text, opening = answer_text(self.builder, contexts, prompt)
+        text = self._close_turn(template_text) if template_text else ""
+        thoughts, words = split_thoughts(answer)
+        fault = thinking_fault(opening, text, thoughts, words) if text else ""
+        if answer.get("tool_calls"):
             if not text:
                 raise DataError(
                     "the chat template writes the answer's tool call in another way than its generation prompt opens "
                     "it, so it cannot be learnt from; drop the answer (prompt-only row)"
                 )
-        elif squeeze(contexts.answer["content"]) not in squeeze(text):  # the template takes thoughts out of answers
-            text = _continue_opening(prompt, contexts.answer["content"])
-        return self._close_turn(text)
-
-    def _after_opening(self, contexts: Contexts, prompt: str, full: str) -> str:
-        """What follows the generation prompt in `full`, where the template writes a past answer in another way than
-        its generation prompt opens one, as templates of thinking models do; "" where that cannot be told."""
-        bare = self.builder.render(
-            contexts.student, contexts.tools, contexts.chat_template_kwargs, add_generation_prompt=False
-        )
-        if not (prompt.startswith(bare) and full.startswith(bare)):
-            return ""
-        opening, answer = prompt[len(bare) :], full[len(bare) :]
-        common = next((i for i, (a, b) in enumerate(zip(opening, answer)) if a != b), min(len(opening), len(answer)))
-        if "<" in opening[:common] and ">" not in opening[opening.rindex("<", 0, common) : common]:
-            common = opening.rindex("<", 0, common)  # do not part in the middle of a tag
-        left = opening[common:].strip()
-        if not left:
-            return answer[common:]
-        return _NO_THOUGHTS + answer[common:].lstrip("\n") if left == "<think>" else ""
+            if fault:
+                raise DataError(fault)
+            check_shown([{**answer, "content": words}], text, len(contexts.student))
+            return text
+        usable = bool(text) and not fault and holds(text, words)
+        if usable and holds(text, thoughts):
+            return text
+        own = continue_opening(opening, answer)  # the template takes thoughts out of answers
+        own_fault = thinking_fault(opening, own, thoughts, words)
+        if usable and (own_fault or not holds(own, thoughts)):
+            return text
+        if own_fault:
+            raise DataError(own_fault)
+        return self._close_turn(own)
 
     def _close_turn(self, text: str) -> str:
         """End `text` with the end-of-turn token and nothing after it."""
         if self.turn_end and text.endswith(self.turn_end):
-            return text[: -len(self.turn_end)] + self.end_of_turn
+            closing, found, _ = self.turn_end.partition(self.end_of_turn)
+            return text[: -len(self.turn_end)] + (closing if found else "") + self.end_of_turn
         stripped = text.rstrip()
         if any(stripped.endswith(token) for token in self.special_tokens):  # e.g. an end-of-call token
             return stripped
@@ -295,7 +301,7 @@ def turn_end_texts(builder: ContextBuilder) -> tuple[str, str]:
     if not found:
         turn_end = ""
     for tokens in (special_tokens(tokenizer), tokenizer.get_added_vocab()):  # some mark theirs as not special
-        at = {turn_end.index(token): token for token in tokens if token in turn_end}
+        at = {turn_end.index(token): token for token in tokens if token in turn_end and not closes_tag(token)}
         if at:
             return turn_end, at[min(at)]
     return turn_end, tokenizer.eos_token or ""
@@ -320,13 +326,3 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
         _, end_of_turn = turn_end_texts(ContextBuilder(tokenizer))
         ids.update(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"])
     return sorted(int(token_id) for token_id in ids if token_id is not None)
-
-
-def _continue_opening(prompt: str, content: str) -> str:
-    """An answer's own text as it follows a prompt that may have opened a thinking block already."""
-    opened = prompt.rstrip()
-    if not opened.endswith("<think>"):
-        return content
-    if "</think>" not in content:
-        return _NO_THOUGHTS + content
-    return content.lstrip().removeprefix("<think>").removeprefix(prompt[len(opened) :])

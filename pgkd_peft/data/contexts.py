@@ -18,6 +18,8 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, ModelError
 from .row import check_unicode, parse_row
+from .shown import check_shown, squeeze
+from .template import date_note, day_of, near_variable, source_of, unread_variable, variables, with_date
 
 PLACEMENTS = ("messages", "user", "system")
 
@@ -42,6 +44,7 @@ class Contexts:
         tools: tool schemas for the chat template.
         chat_template_kwargs: further template variables, for the student.
         teacher_chat_template_kwargs: those of the teacher: the student's, overridden by the row's own.
+        moved: the PI stands in the last user turn, because where it was to stand the prompts would differ by more.
     """
 
     student: list[dict[str, Any]]
@@ -53,6 +56,7 @@ class Contexts:
     tools: list[Any] | None
     chat_template_kwargs: dict[str, Any]
     teacher_chat_template_kwargs: dict[str, Any]
+    moved: bool = False
 
     @property
     def has_privileged(self) -> bool:
@@ -74,11 +78,13 @@ class ContextBuilder:
         privileged_placement: `messages` inserts the PI messages as they are after the last user turn; `user` folds
             their text into the last user turn; `system` folds it into the system turn.
         privileged_template: text template of `user` and `system`; default :data:`DEFAULT_PRIVILEGED_TEMPLATE`.
+        template_date: the day (YYYY-MM-DD) that templates write as today's; None for the day of today.
 
     Attributes:
         placement: the placement in force. A template that refuses or drops turns is found by a probe, here and once,
             and then it is `user`.
         placement_note: one line that says why it is not the one that was asked for, or None.
+        date_note: one line on the date of today that the template writes into prompts, or None.
 
     Raises:
         ConfigError: a setting has a value that cannot work.
@@ -93,6 +99,7 @@ class ContextBuilder:
         max_privileged_length: int = 512,
         privileged_placement: str = "messages",
         privileged_template: str | None = None,
+        template_date: str | None = None,
     ):
         if privileged_placement not in PLACEMENTS:
             raise ConfigError(f"privileged_placement is {privileged_placement!r}; accepted are {', '.join(PLACEMENTS)}")
@@ -114,8 +121,18 @@ class ContextBuilder:
         self.privileged_key = privileged_key
         self.max_privileged_length = max_privileged_length
         self.privileged_template = privileged_template or DEFAULT_PRIVILEGED_TEMPLATE
-        self.placement, self.placement_note = self._probe_placement(privileged_placement)
+        self._source = source_of(tokenizer)
+        self._read = variables(self._source)
         self._default_systems: dict[str, str] = {}
+        self._rendered: dict[str, str] = {}
+        self.today = day_of(template_date)
+        self.date_note = date_note(self._source, self._read, self.today, pinned=bool(template_date))
+        self.placement, self.placement_note = self._probe_placement(privileged_placement)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the template, a line each."""
+        return [note for note in (self.placement_note, self.date_note) if note]
 
     def build(self, row: Any) -> Contexts:
         """Parse a row, cut its PI to the budget and place it.
@@ -127,9 +144,14 @@ class ContextBuilder:
         student = [self._with_arguments(message) for message in parsed.messages]
         privileged, kept, cut = self._cut_to_budget(parsed.privileged)
         teacher_kwargs = parsed.teacher_chat_template_kwargs
+        teacher = self._place(student, privileged, teacher_kwargs, self.placement) if privileged else student
+        moved = self.placement != "user" and not self._only_inserts(student, teacher, parsed.tools, teacher_kwargs)
+        if moved:
+            teacher = self._place(student, privileged, teacher_kwargs, "user")
         return Contexts(
             student=student,
-            teacher=self._place(student, privileged, teacher_kwargs) if privileged else student,
+            teacher=teacher,
+            moved=moved,
             answer=None if parsed.answer is None else self._with_arguments(parsed.answer),
             privileged=privileged,
             privileged_tokens=kept,
@@ -143,13 +165,14 @@ class ContextBuilder:
         """The student's prompt as text, generation prompt included.
 
         Raises:
-            DataError: the template refuses the conversation, or leaves out tools or a developer turn, as templates
-                without support for them do in silence.
+            DataError: the template refuses the conversation, or leaves out tools, turns or tool calls, as templates
+                without support for them do in silence; or a variable is named almost as one that the template reads.
         """
+        for name in self.unread_variables(contexts):
+            if near_variable(name, self.read_variables):
+                raise DataError(unread_variable(name, self.read_variables))
         text = self.render(contexts.student, contexts.tools, contexts.chat_template_kwargs)
-        for message in contexts.student:
-            if message["role"] == "developer" and squeeze(message["content"]) not in squeeze(text):
-                raise DataError("the chat template drops the `developer` turn; give it the role `system`")
+        check_shown(contexts.student, text)
         for tool in contexts.tools or []:
             name = tool.get("function", tool)["name"]
             if name not in text:
@@ -177,7 +200,55 @@ class ContextBuilder:
                 raise DataError(
                     f"the chat template loses text of {self.privileged_key}[{i}] (role {message['role']}); {self._hint}"
                 )
+        if contexts.has_privileged and not self._only_inserts(
+            contexts.student, contexts.teacher, contexts.tools, contexts.teacher_chat_template_kwargs
+        ):
+            raise DataError(
+                "the chat template shows the teacher more than the student's prompt and the PI (or less), so that the "
+                f"difference would not be the PI alone; {self._hint}"
+            )
         return text
+
+    @property
+    def read_variables(self) -> set[str]:
+        """The variables that the template reads; empty where that cannot be told."""
+        return self._read or set()
+
+    def unread_variables(self, contexts: Contexts) -> list[str]:
+        """The row's template variables that the template never reads."""
+        if self._read is None:
+            return []
+        return sorted({*contexts.chat_template_kwargs, *contexts.teacher_chat_template_kwargs} - self._read)
+
+    def _only_inserts(
+        self,
+        student: list[dict[str, Any]],
+        teacher: list[dict[str, Any]],
+        tools: list[Any] | None,
+        template_kwargs: dict[str, Any],
+    ) -> bool:
+        """Whether the teacher's prompt is the student's (under the teacher's template variables) with one insertion;
+        around the question there may be two, where the text template has it in its middle.
+
+        True as well where the template refuses one of them: the refusal is told when they are rendered.
+        """
+        if teacher == student:
+            return True
+        try:
+            without = self.render(student, tools, template_kwargs)
+            with_pi = self.render(teacher, tools, template_kwargs)
+        except DataError:
+            return True
+        start = _common(without, with_pi)
+        end = _common(without[::-1], with_pi[::-1])
+        if start + end >= len(without):
+            return len(with_pi) >= len(without)
+        changed = [a for a, b in zip(student, teacher) if a != b] if len(student) == len(teacher) else []
+        template = self.privileged_template.strip()
+        if not changed or "{question}" not in template or template.startswith("{question}"):
+            return False
+        middle = without[start : len(without) - end].strip()
+        return not template.endswith("{question}") and squeeze(middle) in squeeze(changed[0]["content"])
 
     _hint = "write the PI as one string, or set privileged_placement to `user`"
 
@@ -191,18 +262,40 @@ class ContextBuilder:
     ) -> str:
         """The chat template's text. Whatever the template raises becomes a :class:`DataError`."""
         try:
+            key = json.dumps([messages, tools, template_kwargs, add_generation_prompt])
+        except (TypeError, ValueError):  # holds what only a template could use
+            return self._render(messages, tools, template_kwargs, add_generation_prompt)
+        if key not in self._rendered:
+            if len(self._rendered) >= 8:
+                self._rendered.clear()
+            self._rendered[key] = self._render(messages, tools, template_kwargs, add_generation_prompt)
+        return self._rendered[key]
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        template_kwargs: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        pinned = {"chat_template": with_date(self._template(tools), self.today)} if self.date_note else {}
+        try:
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **(template_kwargs or {}),
+                **{**(template_kwargs or {}), **pinned},
             )
         except Exception as error:  # the template is a program of the model's author: it may raise anything
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(f"the chat template refuses the conversation: {lines[0]}") from error
         check_unicode(text, "the rendered conversation")
         return text
+
+    def _template(self, tools: list[Any] | None) -> str:
+        """The source of the template that is used with or without tools."""
+        return str(self.tokenizer.get_chat_template(None, tools))
 
     @cached_property
     def _arguments_type(self) -> type | None:
@@ -262,24 +355,38 @@ class ContextBuilder:
             refusal = self._refusal("user", "user") or self._refusal("user", "user", "assistant")
         elif asked == "system":
             refusal = self._refusal("system", "user")
+        if refusal is None and asked == "system" and not self._keeps_default_system():
+            return asked, (
+                "rows without a system turn have the PI in the last user turn: a system turn of their own would change "
+                "the text that the chat template writes by itself"
+            )
         if refusal is None:
             return asked, None
         return "user", f"privileged_placement={asked!r} falls back to 'user' (PI in the last user turn): {refusal}"
 
     def _place(
-        self, messages: list[dict[str, Any]], privileged: list[dict[str, Any]], template_kwargs: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        privileged: list[dict[str, Any]],
+        template_kwargs: dict[str, Any],
+        placement: str,
     ) -> list[dict[str, Any]]:
         last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
-        if self.placement == "messages":
+        if placement == "messages":
             # Tool calls and results that follow the last user turn stay next to the generation prompt, as the student
             # sees them; a user turn after them would open a new question (and strip thoughts in thinking templates).
             return messages[: last_user + 1] + privileged + messages[last_user + 1 :]
         text = privileged_as_text(privileged)
-        if self.placement == "user":
+        if placement == "user":
             return _fold(messages, last_user, self.privileged_template, text)
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._default_system(template_kwargs)}, *messages]
         return _fold(messages, 0, self.privileged_template, text)
+
+    def _keeps_default_system(self) -> bool:
+        user = [{"role": "user", "content": "Probeuser"}]
+        teacher = self._place(user, [{"role": "user", "content": "Probeprivileged"}], {}, "system")
+        return self._only_inserts(user, teacher, None, {})
 
     def _default_system(self, template_kwargs: dict[str, Any]) -> str:
         """The system text that the template writes by itself when a conversation has no system turn ("" if none).
@@ -343,13 +450,13 @@ def _fold(messages: list[dict[str, Any]], index: int, template: str, privileged:
     return [*messages[:index], {**messages[index], "content": text}, *messages[index + 1 :]]
 
 
-def squeeze(text: str) -> str:
-    """The text without white space: templates trim and pad what they render."""
-    return "".join(text.split())
-
-
 def privileged_as_text(privileged: list[dict[str, Any]]) -> str:
     """PI messages as one text; turns are named when more than one role speaks."""
     if len({message["role"] for message in privileged}) <= 1:
         return "\n\n".join(message["content"] for message in privileged)
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in privileged)
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

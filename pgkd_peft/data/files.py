@@ -16,14 +16,19 @@ from typing import Any
 from datasets import Dataset, Features, Json, Value
 
 from ..errors import DataError, reason
+from .row import load_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+# Data that is not read; in a folder it is not left out without a word.
+_UNREAD_SUFFIXES = {".gz", ".zst", ".bz2", ".xz", ".zip", ".ndjson", ".jsonlines", ".arrow", ".feather"}
+_UNREAD_SUFFIXES |= {".xlsx", ".tar", ".tgz", ".avro", ".orc", ".parq", ".pq"}
 _BOM = b"\xef\xbb\xbf"
 _SPLIT_NAMES = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+_OTHER_SPLITS = {"heldout", "holdout"}  # files of these names are a split that has to be asked for by its name
 
 
 def to_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
@@ -46,21 +51,34 @@ def encode_column(values: list[Any]) -> tuple[list[Any], Value | Json]:
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
     """The data files of a split: those whose file or folder name says so, or all when no name speaks of a split."""
-    found = sorted(
+    shown = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
+        if path.is_file()
         and not path.name.startswith("dataset_info")
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    found = [path for path in shown if path.suffix.lower() in SUFFIXES]
+    unread = [path for path in shown if path not in found and path.suffix.lower() in _UNREAD_SUFFIXES]
     if not found:
-        raise DataError(f"{folder} has no data files; accepted are {', '.join(SUFFIXES)}")
+        there = f" (it has {_names(unread, folder)})" if unread else ""
+        raise DataError(f"{folder} has no data files{there}; accepted are {', '.join(SUFFIXES)}")
+    if unread:
+        raise DataError(
+            f"{folder} holds data that would be left out: {_names(unread, folder)}; unpack or convert them to "
+            f"{', '.join(SUFFIXES)}, move them away, or name one file"
+        )
     words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in found}
     wanted = _SPLIT_NAMES.get(split, {split.lower()})
     files = [path for path in found if words[path] & wanted]
+    named = set().union(*_SPLIT_NAMES.values(), _OTHER_SPLITS, wanted)
+    nameless = [path for path in found if not words[path] & named]
+    if files and nameless:
+        raise DataError(
+            f"{folder} holds files whose names speak of no split, beside {_names(files, folder)}: "
+            f"{_names(nameless, folder)}, which would be left out; name their split, move them away, or name one file"
+        )
     if not files:
-        named = set().union(*_SPLIT_NAMES.values(), wanted)
         if split != "train" or any(words[path] & named for path in found):
             raise NoSplitError(
                 f"{folder} has no file for the split {split!r}; it has: "
@@ -75,6 +93,10 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def _names(files: Sequence[Path], folder: Path) -> str:
+    return ", ".join(str(path.relative_to(folder)) for path in files)
+
+
 class NoSplitError(DataError):
     """The data have no split of that name."""
 
@@ -85,10 +107,24 @@ class BrokenRow(str):
 
 def read_rows(path: Path) -> list[Any]:
     """The rows of a JSON or CSV file: dicts, and a :class:`BrokenRow` for each that is none."""
+    _check_encoding(path)
     rows = _READERS[path.suffix.lower()](path)
     if not rows:
         raise DataError(f"{path} is empty; it must hold at least one row")
     return rows
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse text that is not UTF-8 before each of its lines is called broken."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    # JSON and CSV begin with ASCII, of which UTF-16 and UTF-32 make bytes that are 0.
+    if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")) or b"\x00" in start[:4]:
+        kind = "UTF-32" if b"\x00\x00" in start[:4] else "UTF-16"
+        raise DataError(
+            f"{path} is {kind} text (PowerShell's `>` writes UTF-16); write it as UTF-8, e.g. with "
+            f"iconv -f {kind} -t UTF-8, or Get-Content FILE | Set-Content -Encoding utf8 NEW"
+        )
 
 
 def read_parquet(files: list[Path]) -> Dataset:
@@ -116,9 +152,10 @@ def _read_jsonl(path: Path) -> list[Any]:
             if not line:
                 continue
             try:
-                row = _object(json.loads(line.decode("utf-8")), check_unicode=b"\\u" in line)
+                row = _object(load_json(line.decode("utf-8")), check_unicode=b"\\u" in line)
             except (ValueError, RecursionError) as error:
-                row = BrokenRow(reason(error))
+                utf8 = "; the file is not UTF-8, write it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+                row = BrokenRow(reason(error) + utf8)
             rows.append(BrokenRow(f"{path.name} line {number}: {row}") if isinstance(row, BrokenRow) else row)
     return rows
 
@@ -129,10 +166,10 @@ def _read_json(path: Path) -> list[Any]:
         return []
     first = data.split(b"\n", 1)[0]
     try:
-        value = json.loads(data)
+        value = load_json(data)
     except (ValueError, RecursionError) as error:
         try:
-            json.loads(first)
+            load_json(first)
         except (ValueError, RecursionError):
             raise DataError(f"{path}: broken JSON: {reason(error)}") from error
         return _read_jsonl(path)  # one object a line, under another name

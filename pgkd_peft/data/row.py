@@ -17,6 +17,16 @@ from ..errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
+# What other formats put beside (or instead of) an answer's text; none of it would be read.
+_LEGACY_FIELDS = {
+    "function_call": "write it as `tool_calls`: [{'function': {'name': ..., 'arguments': {...}}}]",
+    "refusal": "write its text into `content`",
+    "audio": "only text is supported, write it into `content`",
+}
+_WEIGHT_FIELDS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+# Fields that a message without text may have and still be empty.
+_BLANK_FIELDS = {"role", "content", "name", "id", *_WEIGHT_FIELDS}
+
 _MESSAGE_EXAMPLE = '{"role": "user", "content": "..."}'
 # Arguments of apply_chat_template that a row must not set: they are ours, or would bring in code or truncation.
 _RESERVED_KWARGS = {
@@ -51,8 +61,10 @@ def parse_row(row: Any, privileged_key: str) -> ParsedRow:
         raise DataError(f"no `messages` (columns: {columns}); give a list of messages, or map your columns to it")
     messages = parse_messages(row["messages"], "messages")
     answer = messages.pop() if messages[-1]["role"] == "assistant" else None
-    if answer is not None and not answer["content"].strip() and "tool_calls" not in answer:
-        answer = None
+    if answer is not None:
+        _check_weight(answer, f"messages[{len(messages)}]")
+        if not answer["content"].strip() and "tool_calls" not in answer:
+            answer = None
     if not any(message["role"] == "user" for message in messages):
         raise DataError("`messages` has no user turn before the answer; there is nothing to answer")
     kwargs = parse_template_kwargs(row, "chat_template_kwargs")
@@ -72,6 +84,7 @@ def parse_messages(value: Any, field: str) -> list[dict[str, Any]]:
     Raises:
         DataError: names the field and index at fault.
     """
+    value = _lists_by_key(_listed(value, field), field)
     if isinstance(value, Mapping):
         raise DataError(f"`{field}` is one message; put it into a list")
     if not isinstance(value, (list, tuple)):
@@ -89,6 +102,7 @@ def parse_privileged(value: Any, field: str) -> list[dict[str, Any]]:
     """
     if value is None:
         return []
+    value = _lists_by_key(_listed_messages(value), field)
     if isinstance(value, str):
         check_unicode(value, f"`{field}`")
         return [{"role": "user", "content": value}] if value.strip() else []
@@ -124,7 +138,7 @@ def parse_template_kwargs(row: Mapping[str, Any], field: str) -> dict[str, Any]:
 
 def parse_tools(value: Any) -> list[Any] | None:
     """A row's tool schemas (a list of dicts, or the JSON text of the list or of each), None when there are none."""
-    value = _from_json(value, "tools")
+    value = _lists_by_key(_from_json(value, "tools"), "tools")
     if value is None or value == []:
         return None
     if not isinstance(value, (list, tuple)):
@@ -154,6 +168,9 @@ def _parse_message(message: Any, where: str, blank_allowed: bool = False) -> dic
         nearest = f" (did you mean {near[0]!r}?)" if near else ""
         raise DataError(f"{where} has role {reprlib.repr(role)}{nearest}; accepted are {', '.join(ROLES)}")
     clean = _strip_none(dict(message), where)
+    for name, fix in _LEGACY_FIELDS.items():
+        if clean.get(name):
+            raise DataError(f"{where} has `{name}`, which is not read; {fix}")
     if "tool_calls" in clean:
         clean["tool_calls"] = _parse_tool_calls(clean["tool_calls"], f"{where}.tool_calls")
         if not clean["tool_calls"]:
@@ -164,12 +181,17 @@ def _parse_message(message: Any, where: str, blank_allowed: bool = False) -> dic
             raise DataError(f"{where} (role {role}) has no `content`; give its text")
         content = ""
     clean["content"] = _text(content, f"{where}.content")
+    if not clean["content"].strip() and "tool_calls" not in clean:
+        other = [name for name, field in clean.items() if name not in _BLANK_FIELDS and field not in ("", [], {})]
+        if other and role == "assistant":
+            raise DataError(f"{where} has `{other[0]}` but no text; write what it says into `content`")
     if role == "user" and not blank_allowed and not clean["content"].strip():
         raise DataError(f"{where} is a user turn without text; give the question")
     return clean
 
 
 def _text(content: Any, where: str) -> str:
+    content = _lists_by_key(content, where)
     if isinstance(content, (list, tuple)):
         for part in content:
             kind = part.get("type", "text") if isinstance(part, Mapping) else None
@@ -186,6 +208,7 @@ def _text(content: Any, where: str) -> str:
 
 def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as a dict: data sets often hold them as JSON text, templates expect a dict."""
+    calls = _lists_by_key(_from_json(calls, where), where)
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
         raise DataError(f"{where} is {kind_of(calls)}; give a list of dicts")
     parsed = []
@@ -196,9 +219,74 @@ def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _from_json(arguments, f"{where}[{i}] arguments")
+        arguments = {} if arguments is None else arguments
+        if not isinstance(arguments, dict):
+            raise DataError(f"{where}[{i}] has arguments {kind_of(arguments)}; give an object, name by name")
         function = {**function, "arguments": arguments}
         parsed.append({**call, "function": function} if "function" in call else function)
     return parsed
+
+
+def _check_weight(answer: Mapping[str, Any], where: str) -> None:
+    """Refuse an answer that its row says not to train on, or to train on with a weight of its own."""
+    for name in _WEIGHT_FIELDS:
+        value = answer.get(name)
+        if value is not None and str(value).strip().lower() not in ("1", "1.0", "true"):
+            raise DataError(
+                f"{where} has `{name}` {value!r}, but every answer counts the same: take the answer out (a prompt-only "
+                f"row), or take `{name}` out"
+            )
+
+
+def _listed(value: Any, field: str) -> Any:
+    """A list or dict that a CSV cell holds as JSON text; any other value as it is."""
+    return _from_json(value, field) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+
+
+def _listed_messages(value: Any) -> Any:
+    """PI as messages where its text is the JSON of messages; PI that is any other text stays text."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
+    try:
+        items = load_json(value)
+    except (ValueError, RecursionError):
+        return value
+    return items if all(isinstance(item, dict) and "role" in item for item in items) else value
+
+
+def _lists_by_key(value: Any, field: str) -> Any:
+    """A list of dicts that is written as a dict of lists, as `datasets` writes its old `Sequence` of dicts.
+
+    Raises:
+        DataError: the lists have different lengths.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    lists = {key: items for key, items in value.items() if items is not None}
+    if not lists or not all(isinstance(items, (list, tuple)) for items in lists.values()):
+        return value
+    lengths = {key: len(items) for key, items in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"`{field}` is lists by key of different lengths ({lengths}); give a list of dicts")
+    return [dict(zip(lists, items)) for items in zip(*lists.values())]
+
+
+def load_json(text: str | bytes) -> Any:
+    """JSON as it is written.
+
+    Raises:
+        ValueError: it is none, or one object has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object; keep one")
+    return found
 
 
 def _from_json(value: Any, where: str) -> Any:
@@ -207,7 +295,7 @@ def _from_json(value: Any, where: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        return load_json(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"`{where}` is a string but not JSON: {error}") from error
 

@@ -232,8 +232,7 @@ def sharing_lines(
 def _settings_lines(collator: DataCollatorForPrivilegedGKD, config: PrivilegedGKDConfig) -> Text:
     builder = collator.builder
     lines = [f"PI from the column {builder.privileged_key!r}, placement {builder.placement!r}"]
-    if builder.placement_note:
-        lines.append(builder.placement_note)
+    lines += builder.notes
     if config.lmbda == 1.0:
         lines.append("lmbda=1: in training the student's own rollouts take the place of the answers shown here")
     elif config.lmbda > 0:
