@@ -278,7 +278,7 @@ def flags(base: str, out: Path, document: Path, server: str) -> list[str]:
     settings = {
         **{"model_name_or_path": base, "output_dir": str(out), "document": str(document)},
         **{"questions": "6", "anchors": "16", "writer_url": server, "writer_model": "any", "gap_filter": "false"},
-        **{"max_new_tokens": "5", "max_steps": "4", "save_steps": "1", "logging_steps": "1", "learning_rate": "0.01"},
+        **{"max_new_tokens": "5", "max_steps": "4", "save_steps": "1", "logging_steps": "1"},
         **{"base_quantization": "none", "bf16": "false", "use_cpu": "true", "lora_target_modules": "q_proj"},
         **{"rollout_log_steps": "0", "disable_tqdm": "true"},
     }

@@ -405,13 +405,11 @@ def learning_rate(flags: list[str]) -> float:
 
     from ..model.rates import lora_learning_rate
 
-    _, model_args, _ = parse_train(flags, prog="pgkd bake")
+    _, model_args, config = parse_train(flags, prog="pgkd bake")
     name = str(model_args.model_name_or_path)
     if (Path(name) / "adapter_config.json").is_file():
         name = str(read_json(Path(name) / "adapter_config.json")["base_model_name_or_path"])
-    width = (
-        AutoConfig.from_pretrained(name, trust_remote_code=model_args.trust_remote_code).get_text_config().hidden_size
-    )
+    width = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config().hidden_size
     return float(f"{RATE_FACTOR * lora_learning_rate(width):.3g}")
 
 
