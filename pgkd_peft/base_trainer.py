@@ -39,6 +39,7 @@ from .run.checkpoint import (
     write_manifest,
 )
 from .run.console import logger
+from .run.folder import CARD_FILE
 from .run.info import RunInfo
 from .run.interrupt import interruptible
 from .run.meters import Meters, means_of, over_ranks
@@ -210,10 +211,10 @@ class RunTrainer(SFTTrainer):
             self.model.save_pretrained(folder, selected_adapters=[STUDENT])
             self.processing_class.save_pretrained(folder)
             self.run_info.write(folder)
-        card = Path(run_dir) / "README.md"
+        card = Path(run_dir) / CARD_FILE
         self.create_model_card(model_name=(self.args.hub_model_id or Path(run_dir).name).split("/")[-1])
         if card.is_file() and Path(output_dir) != card.parent:
-            (Path(output_dir) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+            (Path(output_dir) / CARD_FILE).write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

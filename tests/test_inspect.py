@@ -14,7 +14,8 @@ from pgkd_peft.cli.inspect import main, options
 from pgkd_peft.data.check import validate_rows
 from pgkd_peft.data.tokens import pieces, token_texts
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.view.inspect import bar, choose_rows, histogram, inspect_rows, mark_privileged, view_row
+from pgkd_peft.view.inspect import bar, choose_rows, histogram, inspect_rows, view_row
+from pgkd_peft.view.words import inserted
 
 
 @pytest.fixture
@@ -44,10 +45,10 @@ def test_marks_the_inserted_turn_from_its_first_special_token():
     bos, end, gen = 1, 2, 3
     student = [bos, 10, 11, end, bos, gen]
     teacher = [bos, 10, 11, end, bos, 20, 21, end, bos, gen]
-    assert mark_privileged(student, teacher, {bos, end}) == slice(4, 8)
-    assert mark_privileged(student, student, {bos, end}) == slice(6, 6)
-    assert mark_privileged([7, 8], [7, 9, 9, 8], ()) == slice(1, 3)
-    assert mark_privileged([7, 5, 8], [7, 6, 6, 8], ()) == slice(1, 3)  # replaced, not inserted
+    assert inserted(student, teacher, {bos, end}.__contains__) == slice(4, 8)
+    assert inserted(student, student, {bos, end}.__contains__) == slice(6, 6)
+    assert inserted([7, 8], [7, 9, 9, 8], ().__contains__) == slice(1, 3)
+    assert inserted([7, 5, 8], [7, 6, 6, 8], ().__contains__) == slice(1, 3)  # replaced, not inserted
 
 
 @pytest.mark.parametrize("template", [CHATML, STRICT])
@@ -56,7 +57,7 @@ def test_removing_the_marked_part_gives_the_students_prompt(template):
     for row in [ROWS[0], ROWS[1], ROWS[2]]:
         encoded = collator.encode(row)
         student, teacher = encoded["student_ids"], encoded["teacher_ids"]
-        added = mark_privileged(student, teacher, collator.tokenizer.all_special_ids)
+        added = inserted(student, teacher, collator.tokenizer.all_special_ids.__contains__)
         assert teacher[: added.start] + teacher[added.stop :] == student
 
 

@@ -15,7 +15,8 @@ from pgkd_peft.cli.inspect import preflight
 from pgkd_peft.data.files import to_dataset
 from pgkd_peft.evaluation.preflight import Clock, Cost, Effect, ProbeTrainer, measure_effect, top_share
 from pgkd_peft.evaluation.scorers import make_scorer
-from pgkd_peft.view.preflight import cost_verdict, duration, verdict
+from pgkd_peft.view.preflight import cost_verdict, verdict
+from pgkd_peft.view.words import duration
 
 
 def build(args, dataset):

@@ -19,8 +19,9 @@ from pgkd_peft.errors import ConfigError
 from pgkd_peft.rollout_log import append_traces, trace_rows
 from pgkd_peft.rows import rows_of
 from pgkd_peft.run.jsonl import append_lines
-from pgkd_peft.view.report import choose_traces, collect, difference, read_metrics, read_results, spread, write_report
+from pgkd_peft.view.report import choose_traces, collect, read_metrics, read_results, write_report
 from pgkd_peft.view.report_page import csp_hash, number, render, script_json
+from pgkd_peft.view.words import inserted, spread
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\u2028&amp;\x00'\""
@@ -235,9 +236,9 @@ def test_script_json_cannot_leave_its_element():
 def test_small_pieces():
     assert spread(list(range(100)), 3) == [0, 50, 99]
     assert spread([1, 2], 3) == [1, 2]
-    assert difference("ab<u>q</u><a>", "ab<u>q</u><u>p</u><a>") == (10, 18)
-    assert difference("same", "same") == (4, 4)
-    assert difference("xAy", "xBBy") == (1, 3)
+    assert inserted("ab<u>q</u><a>", "ab<u>q</u><u>p</u><a>", "<".__eq__) == slice(10, 18)
+    assert inserted("same", "same", "<".__eq__) == slice(4, 4)
+    assert inserted("xAy", "xBBy", "<".__eq__) == slice(1, 3)
     assert number(None) == number(float("nan")) == number(True) == "–"
     many = choose_traces([trace(step) for step in range(500)])
     assert len(many) == 40

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..run.folder import ASKED_FILE, QUESTIONS_FILE
 from ..run.jsonl import append_lines, read_lines
 from . import ask
 from .ask import BaseWriter, Task, Writer
@@ -22,8 +23,6 @@ from .keep import SYSTEMS, Keeper
 from .questions import Question, read_questions, write_questions
 from .split import Passage
 
-QUESTIONS_FILE = "questions.jsonl"
-ASKED_FILE = "asked.jsonl"
 ROWS_A_CALL = 128
 ANCHORS_A_CALL = 48
 JUDGED_AT_ONCE = 64

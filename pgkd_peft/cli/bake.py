@@ -15,6 +15,18 @@ from ..bake import pipeline, read
 from ..bake.split import MOST_WORDS, Passage, split_documents
 from ..errors import ConfigError, DataError
 from ..run.checkpoint import checkpoints
+from ..run.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    ASKED_FILE,
+    BAKE_FILE,
+    BAKE_HELDOUT_FILE,
+    BAKE_NEUTRAL_FILE,
+    BAKE_TRAIN_FILE,
+    COVERAGE_FILE,
+    QUESTIONS_FILE,
+    RUN_FILE,
+)
 from ..run.jsonl import read_json
 from .arguments import Parser, parse_train, read_recipe
 
@@ -22,8 +34,6 @@ if TYPE_CHECKING:
     from ..bake.keep import Keeper
     from ..bake.questions import Question
 
-BAKE_FILE, COVERAGE_FILE = "bake.json", "coverage.json"
-TRAIN_FILE, HELDOUT_FILE, NEUTRAL_FILE = "bake_train.jsonl", "bake_heldout.jsonl", "bake_neutral.jsonl"
 DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
 sifted, an adapter is trained to answer them without the text, and what it took over is measured. Any setting of
 `pgkd train` can be given too."""
@@ -176,13 +186,13 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
     data, model_args, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
     folder = Path(str(config.output_dir))
     if data.overwrite:
-        for name in (pipeline.ASKED_FILE, pipeline.QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, NEUTRAL_FILE):
+        for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "more", ignore_errors=True)
     if args.more:
         return more(args, train_flags, passages, folder)
     begun = begin(args, passages, requests, folder)
-    if read_json(folder / "run.json").get("finished") and not data.overwrite:
+    if read_json(folder / RUN_FILE).get("finished") and not data.overwrite:
         raise ConfigError(
             f"the bake in {str(folder)!r} is finished. --more asks about what was not taken over, --overwrite begins "
             "anew, pgkd report shows it."
@@ -193,7 +203,7 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
     name = str(model_args.model_name_or_path)
     questions, keeper = write_questions(args, passages, (name, model_args, config), folder, plan, budget, console)
     if args.dry_run:
-        console.print(f"Read and edit {folder / pipeline.QUESTIONS_FILE}; the same command without --dry_run trains.")
+        console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
         return 0
     train_and_judge(args, train_flags, passages, (questions, keeper), folder, begun, budget, console)
     return 0
@@ -357,10 +367,10 @@ def train_and_judge(
 
     questions, keeper = written
     train_rows, held_out, neutral = pipeline.rows_of(questions, keeper)
-    for file, rows in ((TRAIN_FILE, train_rows), (HELDOUT_FILE, held_out), (NEUTRAL_FILE, neutral)):
+    for file, rows in ((BAKE_TRAIN_FILE, train_rows), (BAKE_HELDOUT_FILE, held_out), (BAKE_NEUTRAL_FILE, neutral)):
         pipeline.write_rows(folder / file, rows)
-    flags = [*train_flags, "--dataset_name", str(folder / TRAIN_FILE)]
-    flags += ["--eval_dataset_name", str(folder / HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
+    flags = [*train_flags, "--dataset_name", str(folder / BAKE_TRAIN_FILE)]
+    flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
     given = {flag[2:].split("=")[0] for flag in train_flags if flag.startswith("--")}
     if "learning_rate" not in given:
@@ -372,7 +382,7 @@ def train_and_judge(
         flags += ["--max_steps", str(state["max_steps"])]
     if checkpoints(folder) and not any(flag in given for flag in ("resume", "overwrite")):
         flags += ["--resume", "true"]
-    elif (folder / "run.json").is_file():
+    elif (folder / RUN_FILE).is_file():
         flags += ["--overwrite", "true"]
     data, model_args, config = parse_train(flags, prog="pgkd bake")
     trainer, held_out_rows = run_training(data, model_args, config)
@@ -407,8 +417,8 @@ def learning_rate(flags: list[str]) -> float:
 
     _, model_args, config = parse_train(flags, prog="pgkd bake")
     name = str(model_args.model_name_or_path)
-    if (Path(name) / "adapter_config.json").is_file():
-        name = str(read_json(Path(name) / "adapter_config.json")["base_model_name_or_path"])
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        name = str(read_json(Path(name) / ADAPTER_CONFIG)["base_model_name_or_path"])
     width = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config().hidden_size
     return float(f"{RATE_FACTOR * lora_learning_rate(width):.3g}")
 
@@ -450,7 +460,7 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
     from ..bake import coverage
 
     found = read_json(folder / COVERAGE_FILE)
-    if not found or not (folder / "adapter_model.safetensors").is_file():
+    if not found or not (folder / ADAPTER_FILE).is_file():
         raise ConfigError(f"--more goes on from a finished bake, and there is none in {str(folder)!r}")
     rest = coverage.pale(found)
     console = Console()

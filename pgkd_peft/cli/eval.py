@@ -337,12 +337,9 @@ def collator_of(run: AdapterRun, *, trust_remote_code: bool = False) -> DataColl
     from ..model.load import load_tokenizer
 
     source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
-    names = ["privileged_key", "max_privileged_length", "privileged_placement", "privileged_template"]
-    names += ["allow_privileged_cut", "template_date"]
-    settings = {name: value for name, value in run.info.get("config", {}).items() if name in names}
-    settings["max_length"] = None  # of an answer only the prompt is read here
     tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
-    return DataCollatorForPrivilegedGKD(tokenizer, **settings)
+    # of an answer only the prompt is read here, so no length is too long
+    return DataCollatorForPrivilegedGKD.from_settings(tokenizer, run.info.get("config", {}), max_length=None)
 
 
 def load_student(run: AdapterRun, *, trust_remote_code: bool = False) -> PeftModel:

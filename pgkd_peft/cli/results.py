@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.controls import CONTROLS
 from ..run.folder import ANSWERS_FILE, RESULTS_FILE
 from ..run.jsonl import as_line, read_json, write_json, write_whole
+from ..view.words import LABELS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,14 +26,6 @@ def control_summary(result: Evaluation) -> dict[str, Any]:
     """Of a control what concerns its student: base and teacher are those of the run."""
     summary = result.summary()
     return {**summary, "columns": {"student": summary["columns"]["student"]}}
-
-
-LABELS = {
-    "base": "base",
-    "teacher": "base with PI (teacher)",
-    "student": "student",
-    "student_with_pi": "student with PI",
-}
 
 
 def show(result: Evaluation, console: Any, examples: int) -> None:

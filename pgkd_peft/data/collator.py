@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from ..config import PrivilegedGKDConfig
 
 
+# Settings of a run that say what both contexts are.
+CONTEXT_SETTINGS = (
+    *("privileged_key", "max_privileged_length", "privileged_placement", "privileged_template"),
+    *("allow_privileged_cut", "template_date"),
+)
+
+
 class RowTooLongError(DataError):
     """A conversation is longer than `max_length`. Nothing is ever cut from it."""
 
@@ -100,18 +107,18 @@ class DataCollatorForPrivilegedGKD:
         Raises:
             ConfigError, ModelError: a setting or the tokenizer cannot work.
         """
-        return cls(
+        return cls.from_settings(
             tokenizer,
-            privileged_key=config.privileged_key,
+            vars(config),
             max_length=config.max_length,
-            max_privileged_length=config.max_privileged_length,
-            privileged_placement=config.privileged_placement,
-            privileged_template=config.privileged_template,
-            allow_privileged_cut=config.allow_privileged_cut,
-            template_date=config.template_date,
             context_length=context_length,
             max_new_tokens=config.max_new_tokens if config.lmbda > 0 or config.seq_kd else 0,
         )
+
+    @classmethod
+    def from_settings(cls, tokenizer: Any, settings: Mapping[str, Any], **lengths: Any) -> DataCollatorForPrivilegedGKD:
+        """The collator with what `settings` (of a config, or of a run's ``run.json``) say of the contexts."""
+        return cls(tokenizer, **{name: settings[name] for name in CONTEXT_SETTINGS if name in settings}, **lengths)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         encoded = []

@@ -10,7 +10,15 @@ RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
 HOLDOUT_FILE = "holdout.jsonl"
 TRAINED_FILE = "trained_prompts.txt"
+
+# What a bake writes beside them, and keeps when its training begins anew: people edit the questions.
 QUESTIONS_FILE = "questions.jsonl"
+ASKED_FILE = "asked.jsonl"
+BAKE_FILE = "bake.json"
+COVERAGE_FILE = "coverage.json"
+BAKE_TRAIN_FILE = "bake_train.jsonl"
+BAKE_HELDOUT_FILE = "bake_heldout.jsonl"
+BAKE_NEUTRAL_FILE = "bake_neutral.jsonl"
 
 # Logs, one line a record, each with its step.
 METRICS_FILE = "metrics.jsonl"

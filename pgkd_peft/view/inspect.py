@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..data.check import DataReport, has_markup, leaked, validate_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..data.tokens import Piece, pieces, visible
 from ..errors import DataError
+from .words import inserted
 
 SAMPLE = 256  # rows with PI that are rendered in another placement
 SIDE_BY_SIDE = 110  # columns that a terminal needs for three texts next to each other
@@ -54,25 +55,6 @@ class RowView:
     notes: list[str]
 
 
-def mark_privileged(student_ids: Sequence[int], teacher_ids: Sequence[int], special_ids: Container[int]) -> slice:
-    """The part of the teacher's prompt that is not in the student's: what lies between their common beginning and
-    their common end. Where it could begin at several places, as between two like turns, it begins with a special
-    token if that is possible."""
-    shorter = min(len(student_ids), len(teacher_ids))
-    start = next((i for i in range(shorter) if student_ids[i] != teacher_ids[i]), shorter)
-    most = shorter - start
-    tail = next((i for i in range(most) if student_ids[-1 - i] != teacher_ids[-1 - i]), most)
-    stop = len(teacher_ids) - tail
-    if tail == most and start < stop and teacher_ids[start] not in special_ids:
-        # a pure insertion can slide to the left while the token before it equals its last one
-        for shift in range(1, start + 1):
-            if teacher_ids[start - shift] != teacher_ids[stop - shift]:
-                break
-            if teacher_ids[start - shift] in special_ids:
-                return slice(start - shift, stop - shift)
-    return slice(start, stop)
-
-
 def view_row(
     number: int, row: Mapping[str, Any], collator: DataCollatorForPrivilegedGKD, config: PrivilegedGKDConfig
 ) -> RowView:
@@ -84,7 +66,8 @@ def view_row(
     encoded = collator.check_length(collator.encode(row))
     tokenizer, contexts = collator.tokenizer, encoded["contexts"]
     student_ids, teacher_ids, completion_ids = (encoded[f"{k}_ids"] for k in ("student", "teacher", "completion"))
-    added = mark_privileged(student_ids, teacher_ids, tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)
+    added = inserted(student_ids, teacher_ids, special.__contains__)
     teacher_roles = ["text"] * len(teacher_ids)
     teacher_roles[added] = ["pi"] * (added.stop - added.start)
     skipped = min(config.skip_first_tokens, len(completion_ids))

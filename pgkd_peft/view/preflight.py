@@ -12,6 +12,7 @@ from rich.text import Text
 from ..data.tokens import visible
 from ..evaluation.preflight import NOTHING_TO_LEARN, PHASES, Cost, Effect
 from ..run.memory import ADVICE
+from .words import duration
 
 TO_LOWER = {**ADVICE, "rest": "lower lora_r (the adapter's optimizer states)"}
 
@@ -104,13 +105,3 @@ def show_cost(cost: Cost, config: Any, console: Console) -> None:
     sentence, warn = cost_verdict(cost)
     body.append(Text(sentence, style="bold red" if warn else "bold green"))
     console.print(Panel(Group(*body), title="memory and time", title_align="left"))
-
-
-def duration(seconds: float) -> str:
-    """45 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

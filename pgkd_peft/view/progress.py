@@ -127,12 +127,3 @@ class Watch(TrainerCallback):
 
     def _see(self, state: Any) -> None:
         self.step, self.max_steps, self.epoch = state.global_step, state.max_steps, state.epoch or 0.0
-
-
-def clock(seconds: float | None) -> str:
-    """1:05 or 2:03:09; ? for None."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

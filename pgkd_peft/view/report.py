@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..run.folder import (
     ANSWERS_FILE,
     COMPLETIONS_FILE,
+    COVERAGE_FILE,
     METRICS_FILE,
     REPORT_FILE,
     RESULTS_FILE,
@@ -21,7 +22,8 @@ from ..run.folder import (
 from ..run.jsonl import is_number, read_json, read_lines
 from ..run.place import check_writable
 from .report_coverage import coverage_section
-from .report_page import SCORES, render
+from .report_page import render
+from .words import inserted, spread
 
 MOST_STEPS = 40
 """Traced steps that the page holds; of more, evenly spread ones."""
@@ -71,7 +73,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "results": results,
         "traces": choose_traces(traces),
         "answers": read_answers(run_dir),
-        "coverage": read_json(run_dir / "coverage.json"),
+        "coverage": read_json(run_dir / COVERAGE_FILE),
     }
 
 
@@ -104,8 +106,8 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
     for path in paths:
         result = read_json(path)
         if any(is_number(result.get(key)) for key in ("base", "teacher", "student")):
-            numbers = [result.get(key) for key, _ in SCORES[:3]]
-            if numbers not in [[other.get(key) for key, _ in SCORES[:3]] for other in found]:
+            numbers = [result.get(key) for key in ("base", "teacher", "student")]
+            if numbers not in [[other.get(key) for key in ("base", "teacher", "student")] for other in found]:
                 name = "this run" if path.name in (SUMMARY_FILE, RESULTS_FILE) else path.stem
                 found.append({**result, "name": str(result.get("name", name))})
         controls = result.get("controls")
@@ -159,34 +161,10 @@ def choose_traces(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for trace in usable:
         if trace["step"] in wanted:
             student, teacher = str(trace.get("prompt", "")), str(trace.get("teacher_prompt", ""))
-            start, stop = difference(student, teacher)
-            parts = [teacher[:start], teacher[start:stop], teacher[stop:]]
+            own = inserted(student, teacher, lambda char: char == "<")
+            parts = [teacher[: own.start], teacher[own], teacher[own.stop :]]
             chosen.append({**trace, "prompt": student, "teacher_prompt": parts})
     return sorted(chosen, key=lambda trace: trace["step"])
-
-
-def difference(student: str, teacher: str) -> tuple[int, int]:
-    """Where the teacher's prompt differs from the student's: the part between common beginning and common end, moved
-    to begin with a markup token where it can."""
-    shorter = min(len(student), len(teacher))
-    start = next((i for i in range(shorter) if student[i] != teacher[i]), shorter)
-    most = shorter - start
-    tail = next((i for i in range(most) if student[-1 - i] != teacher[-1 - i]), most)
-    stop = len(teacher) - tail
-    if tail == most and start < stop:
-        for first in range(start, -1, -1):
-            if teacher[first] == "<":
-                return first, stop - (start - first)
-            if first == 0 or teacher[first - 1] != teacher[first - 1 + stop - start]:
-                break
-    return start, stop
-
-
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items, evenly spread, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

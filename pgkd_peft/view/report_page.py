@@ -18,14 +18,9 @@ from typing import Any
 
 from ..evaluation.controls import CONTROLS
 from ..run.jsonl import is_number
+from .words import LABELS, duration
 
 ASSETS = files("pgkd_peft") / "assets" / "report"
-SCORES = (
-    ("base", "base"),
-    ("teacher", "base with PI (teacher)"),
-    ("student", "student"),
-    ("student_with_pi", "student with PI"),
-)
 
 
 def render(data: Mapping[str, Any], coverage: str = "") -> str:
@@ -128,17 +123,11 @@ def header(data: Mapping[str, Any]) -> str:
     return f'<h1>{escape(data["name"])}</h1><p class="about">{about}</p>{words_on_loss}<dl class="tiles">{cells}</dl>'
 
 
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def results_section(results: Sequence[Mapping[str, Any]]) -> str:
     """The gap as a picture, the table with controls, and each column's details."""
     if not results:
         return '<p class="empty">No evaluation in this folder yet: run <code>pgkd eval</code> on it.</p>'
-    names = [(key, label) for key, label in SCORES if any(is_number(r.get(key)) for r in results)]
+    names = [(key, label) for key, label in LABELS.items() if any(is_number(r.get(key)) for r in results)]
     heads = "".join(f'<th scope="col">{escape(label)}</th>' for _, label in names)
     rows = []
     for result in results:
@@ -167,7 +156,7 @@ def title(name: str) -> str:
 
 def gap_bar(result: Mapping[str, Any]) -> str:
     """Base, student and teacher on one line from 0 to 1."""
-    scores = [result.get(key) for key, _ in SCORES[:3]]
+    scores = [result.get(key) for key in ("base", "teacher", "student")]
     if not all(is_number(score) and 0 <= score <= 1 for score in scores):
         return ""
     base, teacher, student = (100 * float(score) for score in scores if score is not None)
@@ -189,7 +178,7 @@ def details_table(results: Sequence[Mapping[str, Any]]) -> str:
     columns = results[0].get("columns")
     if not isinstance(columns, Mapping):
         return ""
-    rows = [(dict(SCORES).get(name, name), column) for name, column in columns.items()]
+    rows = [(LABELS.get(name, name), column) for name, column in columns.items()]
     for result in results[1:]:
         of = result.get("columns")
         if result["name"] in CONTROLS and isinstance(of, Mapping):
@@ -221,7 +210,7 @@ def answers_section(answers: Sequence[Mapping[str, Any]]) -> str:
     cards = []
     for record in answers:
         cells = []
-        labels = dict(SCORES)
+        labels = LABELS
         for key in sorted(record["answers"], key=lambda k: list(labels).index(k) if k in labels else 99):
             score = record["scores"].get(key)
             right = is_number(score) and score >= 1

@@ -24,7 +24,8 @@ from ..data.tokens import visible
 from ..run.folder import METRICS_FILE, STEP_FILES
 from ..run.jsonl import append_lines, drop_after, is_number
 from .notebook import NotebookView
-from .progress import PHASES, SMALL, Pace, Watch, clock
+from .progress import PHASES, SMALL, Pace, Watch
+from .words import clock
 
 if TYPE_CHECKING:
     from ..trainer import PrivilegedSelfDistillTrainer
