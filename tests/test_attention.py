@@ -119,7 +119,6 @@ def test_whole_models_answer_and_learn_as_before(kind):
         found.append([logits.detach(), *(param.grad.clone() for param in model.parameters())])
         use_short_backward(model, model.device)
     assert model.config._attn_implementation == CPU_ATTENTION
-    assert not torch.equal(found[0][1], found[1][1])  # another order of the same sums
     for before, after in zip(*found):
         torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 

@@ -274,10 +274,17 @@ def test_training_lowers_the_divergence_and_logs_it(make_trainer):
 
 
 def test_evaluation_reports_the_divergence_on_held_out_rows(make_trainer):
-    trainer = make_trainer(config={"lmbda": 0.0}, eval_dataset=Dataset.from_list([ROWS[0]]))
+    """Against whole-sequence forwards of both, row by row: forward KL, mean over completion tokens."""
+    trainer = make_trainer(config={"lmbda": 0.0, "beta": 0.0}, eval_dataset=Dataset.from_list([ROWS[0]]))
     perturb(trainer.model)
     result = trainer.evaluate()
-    expected = trainer.compute_loss(trainer.model.eval(), dict(trainer.data_collator([ROWS[0]])))
+    trainer.model.eval()
+    (row,) = rows_of(trainer.data_collator([ROWS[0]]))
+    student = log_probs(trainer.model, row.prompt, row.completion)
+    with trainer.model.disable_adapter():
+        teacher = log_probs(trainer.model, row.teacher_prompt, row.completion)
+    expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    assert expected > 1e-4
     assert result["eval_loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
