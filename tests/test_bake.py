@@ -449,3 +449,19 @@ def test_a_template_that_hides_the_user_s_turn_has_no_opening(make_trainer):
     opening = trainer.processing_class.decode(writer.user_opening())
     assert opening.endswith("user\n")
     assert Passage(0, "a", ("H",), "text").privileged == "H\ntext"
+
+
+def test_a_training_that_is_slower_than_measured_ends_in_time(base, server, tmp_path, capsys, monkeypatch):
+    """The clock runs out while training: what there is then is judged and kept."""
+    from pgkd_peft.cli import bake as command
+
+    monkeypatch.setattr(command, "steps_that_fit", lambda *args: 4)
+    monkeypatch.setattr(command, "SHARE_OF_TRAINING", 0.0)
+    document = tmp_path / "doc.md"
+    document.write_text(DOCUMENT)
+    argv = flags(base, tmp_path / "run", document, server)
+    at = argv.index("--max_steps")
+    assert cli.main([*argv[:at], *argv[at + 2 :], "--minutes", "30"]) == 0
+    assert "stopped after step 1 of 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 1
+    assert (tmp_path / "run" / "coverage.json").is_file()

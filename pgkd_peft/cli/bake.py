@@ -385,7 +385,7 @@ def train_and_judge(
     elif (folder / RUN_FILE).is_file():
         flags += ["--overwrite", "true"]
     data, model_args, config = parse_train(flags, prog="pgkd bake")
-    trainer, held_out_rows = run_training(data, model_args, config)
+    trainer, held_out_rows = run_training(data, model_args, config, [deadline(budget, console)])
     if not trainer.is_world_process_zero():
         return
     if held_out_rows is not None:
@@ -407,6 +407,19 @@ def train_and_judge(
         console.print(f"{len(rest)} of {len(passages)} passages were hardly taken over: --more asks about them again")
     console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)
     console.print(f"Next: pgkd chat {folder} --privileged_file TEXT    pgkd merge {folder} --out {folder}-merged")
+
+
+def deadline(budget: pipeline.Budget, console: Any) -> Any:
+    """Ends the training when the share of ``--minutes`` that it has is used up, whatever was measured before."""
+    from transformers import TrainerCallback
+
+    class Deadline(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if budget.is_over(SHARE_OF_TRAINING) and state.global_step < state.max_steps:
+                control.should_training_stop = True
+                console.print(f"the time is up: stopped after step {state.global_step} of {state.max_steps}")
+
+    return Deadline()
 
 
 def learning_rate(flags: list[str]) -> float:
