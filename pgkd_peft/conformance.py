@@ -83,17 +83,17 @@ def check_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, always:
         alone = []
         for row in rows:
             packed = pack([row.teacher_prompt], [row], tokenizer.pad_token_id, device)
-            alone.append(_logits(head, model(**packed)))
+            alone.append(head.logits(model(**packed)))
     _compare(base, plain, alone, "its head, scale and soft-cap as they are known here do not give its own logits")
     if base.config.model_type in TESTED and not always:
         return
     with adapter_state(model, "disabled"):
         score_teacher(model, rows, tokenizer.pad_token_id)
-    batched = [_logits(head, row.teacher_hidden) for row in rows]
+    batched = [head.logits(row.teacher_hidden) for row in rows]
     _compare(base, plain, batched, "rows of a batch are read differently than alone (padding leaks)")
     packed = pack([row.teacher_prompt for row in rows], rows, tokenizer.pad_token_id, device)
     trained = _in_training(model, packed).split([len(row.kept) for row in rows])
-    _compare(base, plain, [_logits(head, part) for part in trained], "it is another function in training mode")
+    _compare(base, plain, [head.logits(part) for part in trained], "it is another function in training mode")
 
 
 def _row(text: str, tokenizer: PreTrainedTokenizerBase) -> Row:
@@ -107,15 +107,6 @@ def _plain_logits(base: nn.Module, row: Row, device: torch.device) -> torch.Tens
     first = len(row.teacher_prompt) - 1
     logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits[0, first : first + len(row.completion)]
     return logits.float()
-
-
-def _logits(head: Head, hidden_ND: torch.Tensor) -> torch.Tensor:
-    if isinstance(head.weight, torch.Tensor):
-        logits = nn.functional.linear(hidden_ND.to(head.weight.dtype), head.weight, head.bias)
-    else:
-        logits = head.weight(hidden_ND)
-    logits = logits.float() * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def _in_training(model: nn.Module, packed: dict[str, torch.Tensor]) -> torch.Tensor:

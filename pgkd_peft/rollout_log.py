@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from .compare import Reading, compare, read
 from .data.tokens import decode, token_texts
 from .model.adapters import adapter_state
-from .model.head import Head
 from .rollout import generate
 from .rows import Row
 from .run.folder import COMPLETIONS_FILE, TRACE_FILE
@@ -177,7 +176,7 @@ def _candidates(
     rows = max(1, int(trainer.args.loss_chunk_mib * 2**20 // (vocabulary * 8)))
     for start in range(0, len(hidden), rows):
         chunk = hidden[start : start + rows]
-        probs = torch.softmax(head_logits(head, chunk) / trainer.args.loss_temperature, dim=-1)  # (chunk, V)
+        probs = torch.softmax(head.logits(chunk) / trainer.args.loss_temperature, dim=-1)  # (chunk, V)
         ids = torch.tensor(completion[start : start + rows], device=probs.device)
         own += [round(p, 5) for p in probs.gather(1, ids[:, None]).squeeze(1).tolist()]
         values, index = probs.topk(min(top, probs.shape[-1]), dim=-1)  # (chunk, K)
@@ -185,16 +184,6 @@ def _candidates(
             texts = [decode(trainer.processing_class, [i]) for i in row_index]
             likeliest.append([[text, round(p, 5)] for text, p in zip(texts, row_values)])
     return own, likeliest
-
-
-def head_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
-    """The model's logits (N, V) in fp32, with its own scale and soft cap."""
-    if isinstance(head.weight, torch.Tensor):
-        logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    else:
-        logits = head.weight(hidden).float()
-    logits = logits * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def append_traces(folder: str | os.PathLike, records: Iterable[dict[str, Any]], step: int) -> None:
