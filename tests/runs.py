@@ -99,6 +99,8 @@ def arm(trainer: Any, phase: str, step: int) -> None:
     elif phase == "renamed":
         hook(base_trainer, "publish", after=True)
     elif phase in ("sigterm", "sigint", "sighup", "nohup"):
+        if phase == "sighup":  # the tests themselves may run under nohup
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if phase == "nohup":
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signum = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}.get(phase, signal.SIGHUP)
