@@ -833,6 +833,15 @@ def test_under_nohup_a_closed_terminal_is_nothing(place, tmp_path):
     assert "error" not in done, done["log"][-2000:]
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """Python's own handler, which it leaves out where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_a_stopped_preflight_says_that_it_was(place, tmp_path, monkeypatch, capsys):
     def interrupted(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
