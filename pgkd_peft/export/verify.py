@@ -207,7 +207,8 @@ class TrainedModel:
         """Compare the model in `folder`, loaded as any user would, with the trained one."""
         device_map = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
         options = {"dtype": "auto", "device_map": device_map, "trust_remote_code": self._trust, **load}
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=self._trust)
+        where = {name: load[name] for name in ("gguf_file",) if name in load}
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=self._trust, **where)
         model = auto_class(config).from_pretrained(folder, **options).eval()
         guard_cpu_linear4bit(model)
         score = self._score(model, self.tokenizer) if self._score is not None else None
