@@ -30,7 +30,7 @@ def model():
 
 
 def mixed(model, takeover, **settings):
-    head = Head(model, teacher="disabled")
+    head = Head(model)
     return generate_mixed(
         lambda: adapter_state(model, "shared"),
         lambda: adapter_state(model, "disabled"),
