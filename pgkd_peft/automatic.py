@@ -100,7 +100,7 @@ def settle_training(config: PrivilegedGKDConfig, hidden_size: int, rows: int | N
                 "the rate is made"
             )  # fmt: skip
         if config.is_open("lr_scheduler_type"):
-            reason = "a rate that falls from the first step on learns half as much in so few steps"
+            reason = "in so few steps a rate that falls from the first on leaves little of itself"
             config.choose("lr_scheduler_type", SchedulerType.CONSTANT_WITH_WARMUP, reason)
     windows = 0
     if rows is not None:
