@@ -77,7 +77,8 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
     trainer.add_callback(callback)
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup: a closed terminal is not to matter
+            ignored = signal.getsignal(signum) == signal.SIG_IGN
+            if not ignored or signum in (signal.SIGTERM, signal.SIGINT):  # under nohup a closed terminal is nothing
                 previous[signum] = signal.signal(signum, stop)
     try:
         yield
