@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -427,8 +427,8 @@ class _Reader:
         """Logits (R, V) after the last of `ids` (R, L); with a head of its own also the hidden states (R, D)."""
         with self.weights() as model, eval_mode(model.modules()):
             if self.cache is None:
-                self.cache = DynamicCache(config=base_of(model).config.get_text_config())
-            common = {"attention_mask": self.mask, "position_ids": self.positions, "past_key_values": self.cache}
+                self.cache = new_cache(model)
+            common = {"attention_mask": self.mask, "position_ids": self.positions, cache_argument(model): self.cache}
             if self.head is None:
                 return model(input_ids=ids, use_cache=True, logits_to_keep=1, **common).logits[:, -1]
             last = torch.zeros_like(ids, dtype=torch.bool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..evaluation.nats import SMALLEST_GAP, answer_nll, teacher_answers
 from ..model.adapters import adapter_state
 from ..model.load import base_of
 from ..rollout import generate
+from ..run.jsonl import write_json
 from .questions import Question
 from .split import Passage
 
@@ -116,6 +116,4 @@ def pale(coverage: Mapping[str, Any]) -> list[int]:
 
 
 def write(path: Path, coverage: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(coverage, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, coverage)

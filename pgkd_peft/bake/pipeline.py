@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..run.folder import ASKED_FILE, QUESTIONS_FILE
-from ..run.jsonl import append_lines, read_lines
+from ..run.jsonl import append_lines, read_lines, write_whole
 from . import ask
 from .ask import BaseWriter, Task, Writer
 from .keep import SYSTEMS, Keeper
@@ -244,6 +244,4 @@ def counted(questions: Sequence[Question]) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..run.jsonl import write_whole
 
 USES = ("train", "heldout", "anchor", "dropped")
 
@@ -54,10 +55,8 @@ class Question:
 
 def write_questions(path: Path, questions: Sequence[Question]) -> None:
     """All of them, whole or not at all."""
-    partial = path.with_suffix(".partial")
     lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(lines))
 
 
 def read_questions(path: Path, passages: int) -> list[Question]:

@@ -268,6 +268,12 @@ def _own_recipe(flags: argparse.Namespace) -> str | None:
     return str(recipe) if recipe.is_file() else None
 
 
+def subject(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What a command is about, where it stands before the flags (`pgkd eval ADAPTER ...`), and the rest."""
+    rest = list(argv)
+    return (rest.pop(0) if rest and not rest[0].startswith("-") else None), rest
+
+
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     """The value of --config, and the other arguments."""
     path, rest = None, []

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from ..run.folder import (
     QUESTIONS_FILE,
     RUN_FILE,
 )
-from ..run.jsonl import read_json
+from ..run.jsonl import read_json, write_json
 from .arguments import Parser, parse_train, read_recipe
 
 if TYPE_CHECKING:
@@ -239,14 +239,10 @@ def begin(args: BakeArguments, passages: Sequence[Passage], requests: Sequence[s
     if not before:
         folder.mkdir(parents=True, exist_ok=True)
         kind = "system prompt" if args.is_prompt else "document"
-        save_state(folder, {**state, "kind": kind, "sources": sorted({passage.source for passage in passages})})
+        write_json(
+            folder / BAKE_FILE, {**state, "kind": kind, "sources": sorted({passage.source for passage in passages})}
+        )
     return read_json(path)
-
-
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    partial = folder / f"{BAKE_FILE}.partial"
-    partial.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / BAKE_FILE)
 
 
 @contextlib.contextmanager
@@ -378,7 +374,7 @@ def train_and_judge(
     if not given & {"max_steps", "num_train_epochs"}:
         if "max_steps" not in state:
             state["max_steps"] = steps_that_fit(flags, folder, len(train_rows), budget, console)
-            save_state(folder, state)
+            write_json(folder / BAKE_FILE, state)
         flags += ["--max_steps", str(state["max_steps"])]
     if checkpoints(folder) and not any(flag in given for flag in ("resume", "overwrite")):
         flags += ["--resume", "true"]
@@ -402,7 +398,7 @@ def train_and_judge(
             f"drift on {drift.prompts} held-out everyday requests: {drift.kl:.4f} nats/token KL(base || student)"
         )
     rest = coverage.pale(found)
-    save_state(folder, {**state, "seconds": round(budget.spent, 1), "pale": rest})
+    write_json(folder / BAKE_FILE, {**state, "seconds": round(budget.spent, 1), "pale": rest})
     if rest:
         console.print(f"{len(rest)} of {len(passages)} passages were hardly taken over: --more asks about them again")
     console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)

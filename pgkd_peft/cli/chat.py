@@ -12,7 +12,7 @@ from typing import Any
 from ..data.tokens import visible
 from ..errors import ConfigError, ModelError
 from ..run.folder import ADAPTER_CONFIG
-from .arguments import Parser
+from .arguments import Parser, subject
 
 DESCRIPTION = """Talk to a trained adapter (a run folder) or to a merged model. Of an adapter three answers are shown:
 the base, the base with the privileged information (--privileged), and the student, which reads none."""
@@ -92,8 +92,7 @@ class Speaker:
 
 
 def main(argv: Sequence[str]) -> int:
-    rest = list(argv)
-    model = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    model, rest = subject(argv)
     (args,) = Parser([ChatArguments], "pgkd chat MODEL", DESCRIPTION).parse(rest)
     if model is None:
         raise ConfigError("missing is the model: pgkd chat RUN [options], a run folder or a merged model's folder")

@@ -23,7 +23,7 @@ from ..run.folder import (
     TRAINED_FILE,
 )
 from ..run.place import check_writable
-from .arguments import Parser, column_templates, read_recipe
+from .arguments import Parser, column_templates, read_recipe, subject
 from .judge import add_nats, choose_scorer
 from .results import (
     add_drift,
@@ -140,8 +140,7 @@ class EvalArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate an adapter; results go to the console, to eval_results.json and into the model card."""
-    rest = list(argv)
-    adapter = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    adapter, rest = subject(argv)
     (args,) = Parser([EvalArguments], "pgkd eval ADAPTER", DESCRIPTION).parse(rest)
     if adapter is None:
         raise ConfigError("missing is the adapter: pgkd eval ADAPTER [options], e.g. the run folder of a training")
