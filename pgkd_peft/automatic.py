@@ -20,10 +20,13 @@ from transformers import SchedulerType
 
 from .compare import read, token_nll
 from .config import PrivilegedGKDConfig
+from .data.check import DataReport
 from .data.collator import DataCollatorForPrivilegedGKD
 from .data.row import parse_privileged
+from .engines.merged import free_bytes
 from .errors import DataError
 from .model.head import Head
+from .model.load import base_of
 from .model.rates import lora_learning_rate
 from .teacher import Teacher
 
@@ -117,6 +120,45 @@ def settle_training(config: PrivilegedGKDConfig, hidden_size: int, rows: int | N
     often = max(1, min(10, steps // 20))
     if steps and config.is_open("logging_steps") and often != config.logging_steps:
         config.choose("logging_steps", often, f"so that {steps} steps show a curve")
+
+
+def settle_checkpointing(config: PrivilegedGKDConfig, model: Any, report: DataReport | None) -> None:
+    """On a CPU without gradient checkpointing, where a micro-batch's activations take at most a quarter of the free
+    memory: it would run every layer's forward twice.
+
+    Args:
+        model: the student.
+        report: on the training rows; None where their lengths are not known.
+    """
+    if not config.is_open("gradient_checkpointing") or report is None or config.device.type != "cpu":
+        return
+    answers = max(config.max_new_tokens, *report.completion_lengths)
+    needed = activation_bytes(
+        base_of(model).config.get_text_config(),
+        config.per_device_train_batch_size * config.num_generations,
+        max(report.prompt_lengths) + answers,
+    )
+    free = free_bytes(config.device)
+    if needed is not None and needed < free / 4:
+        reason = f"a micro-batch's activations take at most {needed / 2**30:.1f} of {free / 2**30:.0f} GiB free memory"
+        config.choose("gradient_checkpointing", False, f"{reason}, and with it each layer runs twice")
+
+
+def activation_bytes(config: Any, rows: int, length: int) -> int | None:
+    """An upper estimate of what `rows` of `length` tokens keep for the backward pass; None for unusual shapes.
+
+    A token keeps, a layer, some 24 vectors of the model's width and 8 of the MLP's in 4 bytes (the inputs of the
+    linear layers in 16 bits, their float32 copies for the LoRA, norms, rotations); a row its attention's weights.
+    """
+    sizes = [size for size in (getattr(config, name, None) for name in _SIZES) if isinstance(size, int)]
+    if len(sizes) < len(_SIZES):
+        return None
+    layers, width, inner, heads = sizes
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    return 4 * rows * length * layers * (24 * width + 8 * inner * experts + 2 * heads * length)
+
+
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def settle_rollout_log(config: PrivilegedGKDConfig) -> None:

@@ -27,7 +27,13 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
-from .automatic import choose_placement, settle_privileged_length, settle_training, start_block
+from .automatic import (
+    choose_placement,
+    settle_checkpointing,
+    settle_privileged_length,
+    settle_training,
+    start_block,
+)
 from .base_trainer import RunTrainer
 from .config import PrivilegedGKDConfig
 from .conformance import check_model
@@ -365,6 +371,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
             train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         settle_training(args, hidden_size(student), report.rows if report else None)
+        settle_checkpointing(args, student, report)
         if args.feedback is not None:
             collator.keep_sources = True
 

@@ -287,3 +287,34 @@ def test_the_command_ends_with_code_2(tmp_path, llama_path, capsys):
     assert pgkd(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
     assert "row 1: the PI has 600 tokens, max_privileged_length is 100" in capsys.readouterr().err
     assert pgkd(["train", "--config", str(tmp_path / "recipe.yaml"), "--allow_privileged_cut"]) == 0
+
+
+def test_memory_that_is_plenty_is_used_for_speed(make_trainer, monkeypatch):
+    from pgkd_peft import automatic
+
+    assert make_trainer().args.gradient_checkpointing is False
+    assert make_trainer(config={"gradient_checkpointing": True}).args.gradient_checkpointing is True
+    monkeypatch.setattr(automatic, "free_bytes", lambda device: 1000)
+    assert make_trainer().args.gradient_checkpointing is True
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_the_estimate_of_activations_is_an_upper_one(make_trainer, kind):
+    import torch
+
+    from pgkd_peft.automatic import activation_bytes
+
+    model = make_trainer(kind=kind).model.train()
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model.model.model(torch.zeros(3, 40, dtype=torch.long)).last_hidden_state
+    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    assert output.requires_grad
+    assert activations > 0
+    assert activations < activation_bytes(model.config.get_text_config(), 3, 40) < 20 * activations

@@ -24,6 +24,7 @@ LEAST_GAP = 2.0
 MOST_UNSURE = 1.0
 """Nats a token: a teacher less sure of its own answer than this guesses, for the passage does not say it."""
 HELD_OUT_EVERY = 12
+HELD_OUT_ANCHORS_EVERY = 6  # there are fewer of them
 SYSTEMS = (None, "Answer in one short sentence.", "You are a helpful assistant.")
 """System turns that questions on a document are asked under, in turn: nobody knows which one will stand there."""
 
@@ -133,4 +134,4 @@ class Keeper:
 
     def _held_out(self, question: Question) -> bool:
         digest = hashlib.sha256(f"{self.seed} {question.passage} {question.question}".encode()).digest()
-        return digest[0] % HELD_OUT_EVERY == 0
+        return digest[0] % (HELD_OUT_ANCHORS_EVERY if question.passage is None else HELD_OUT_EVERY) == 0

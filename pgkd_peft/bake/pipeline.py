@@ -1,11 +1,12 @@
 """From passages to ``questions.jsonl``: written and judged call by call; a killed bake goes on where it stopped.
 
-Every call's prompts, batch and random numbers depend on the settings and the call's number alone, so what is written
-after an interruption is what would have been written without it.
+Every call's prompts, batch and random numbers depend on the settings, the call's number and what was judged before it,
+so what is written after an interruption is what would have been written without it.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from .split import Passage
 ROWS_A_CALL = 128
 ANCHORS_A_CALL = 48
 JUDGED_AT_ONCE = 64
+SHARE_OF_ASKING = 0.3  # of --minutes, judging included
 
 Say = Callable[[str], None]
 
@@ -51,7 +53,7 @@ class Plan:
     """What is asked for.
 
     Attributes:
-        questions: to write about each passage.
+        questions: to write about each passage, on average.
         anchors: everyday requests to write.
         requests: the user's own, which come first; each is asked about every passage or the whole prompt.
         first_round: of the openings; ``--more`` goes on behind those that were used.
@@ -70,13 +72,17 @@ class Plan:
 
 
 class Asking:
-    """Writes questions and anchors into the run folder.
+    """Writes questions and anchors into the run folder, and judges them as they come.
+
+    Every call asks most about the passages of which the fewest questions were worth keeping: some facts are hard to ask
+    about for a small model, and the student learns what it is asked.
 
     Args:
         folder: the run's.
         passages: what is asked about.
         writer: of questions.
         base: writes anchors, and requests for a system prompt.
+        keeper: judges.
         tick: called with (done, all, what) after each call.
     """
 
@@ -86,63 +92,110 @@ class Asking:
         passages: Sequence[Passage],
         writer: Writer,
         base: BaseWriter,
+        keeper: Keeper,
         plan: Plan,
         budget: Budget,
         tick: Callable[[int, int, str], None],
     ):
         self.folder, self.passages, self.writer, self.base = folder, list(passages), writer, base
-        self.plan, self.budget, self.tick = plan, budget, tick
+        self.keeper, self.plan, self.budget, self.tick = keeper, plan, budget, tick
         self.file = folder / ASKED_FILE
+        self.wanted = [p for p in self.passages if plan.only is None or p.number in set(plan.only)]
+        self.tried: Counter[int] = Counter()  # passage -> questions asked for
 
-    def calls(self) -> list[tuple[str, list[Task]]]:
-        """All calls, in order: of passages as many rounds at once as make a good batch."""
-        wanted = [p for p in self.passages if self.plan.only is None or p.number in set(self.plan.only)]
-        no_tasks: list[Task] = []
-        anchors = [("anchors", no_tasks)] * -(-self.plan.anchors // ANCHORS_A_CALL)
-        if self.plan.is_prompt:
-            requests = [("requests", no_tasks)] * -(-self.plan.questions // ANCHORS_A_CALL)
-            return requests + anchors
-        tasks = [
-            Task(passage, kind, opening)
-            for kind, opening in ask.rounds(self.plan.questions, first=self.plan.first_round)
-            for passage in wanted
-        ]
-        batches = [tasks[i : i + ROWS_A_CALL] for i in range(0, len(tasks), ROWS_A_CALL)]
-        return anchors + [("questions", batch) for batch in batches]
+    def run(self, questions: list[Question]) -> list[Question]:
+        """Everything that was written, by this call and those before it, judged; ends early when the time is up.
 
-    def run(self) -> list[Question]:
-        """Everything that was written, by this call and those before it; stops early when the time is used up."""
+        Args:
+            questions: what an interrupted call has left in ``questions.jsonl``.
+        """
         done = self._done()
-        calls = self.calls()
-        seconds = 0.0
-        for number in range(len(done), len(calls)):
-            if number > 1 and self.budget.is_over(0.3, seconds):
-                break
+        taken = max((q.call for q in questions), default=-2)  # the newest call that stands in questions.jsonl
+        if not questions:
+            questions = self._sifted(self._own(), [])
+            taken = -1
+        questions = judge(self.folder, questions, self.keeper)
+        seconds, number = 0.0, 0
+        while True:
             started = time.monotonic()
-            kind, tasks = calls[number]
-            records = self._one(kind, tasks, (self.plan.seed, self.plan.first_round, number), done)
-            append_lines(self.file, [{"call": number, "records": records}])
-            done.append(records)
-            seconds = time.monotonic() - started
-            self.tick(number + 1, len(calls), "asking")
-        own = [
+            if number == len(done):
+                if number > 1 and self.budget.is_over(SHARE_OF_ASKING, seconds):
+                    break
+                kind, tasks = self.next_call(number, questions)
+                if kind == "nothing":
+                    break
+                line = {
+                    "call": number,
+                    "passages": [task.passage.number for task in tasks],
+                    "records": self._one(kind, tasks, (self.plan.seed, self.plan.first_round, number), questions),
+                }
+                append_lines(self.file, [line])
+                done.append(line)
+            self.tried.update(done[number]["passages"])
+            if number > taken:
+                new = [Question(call=number, **record) for record in done[number]["records"]]
+                questions = judge(self.folder, [*questions, *self._sifted(new, questions)], self.keeper)
+                seconds = time.monotonic() - started
+            number += 1
+            self.tick(number, max(number, self._calls()), "asking")
+        return questions
+
+    def _calls(self) -> int:
+        """About how many there will be."""
+        other = -(-self.plan.anchors // ANCHORS_A_CALL)
+        rows = ANCHORS_A_CALL if self.plan.is_prompt else ROWS_A_CALL
+        return other + -(-self.plan.questions * (1 if self.plan.is_prompt else len(self.wanted)) // rows)
+
+    def next_call(self, number: int, questions: Sequence[Question]) -> tuple[str, list[Task]]:
+        """What call `number` asks for: "anchors", "requests", "questions" (with the tasks) or "nothing"."""
+        anchors = -(-self.plan.anchors // ANCHORS_A_CALL)
+        if number < anchors:
+            return "anchors", []
+        if self.plan.is_prompt:
+            more = number < anchors + -(-self.plan.questions // ANCHORS_A_CALL)
+            return ("requests" if more else "nothing"), []
+        left = self.plan.questions * len(self.wanted) - self.tried.total()
+        tasks = self._tasks(min(ROWS_A_CALL, left), questions)
+        return ("questions" if tasks else "nothing"), tasks
+
+    def _tasks(self, count: int, questions: Sequence[Question]) -> list[Task]:
+        """Each goes to the passage with the fewest kept questions; what was tried in vain counts a little too."""
+        kept = Counter(q.passage for q in questions if q.use in ("train", "heldout"))
+        tried = self.tried.copy()
+        rounds = ask.rounds(self.plan.questions * len(self.wanted), first=self.plan.first_round)
+        heap = [(kept[p.number] + tried[p.number] / 8, p.number) for p in self.wanted]
+        heapq.heapify(heap)
+        by_number = {p.number: p for p in self.wanted}
+        tasks = []
+        for _ in range(count):
+            score, number = heap[0]
+            kind, opening = rounds[tried[number] % len(rounds)]
+            tasks.append(Task(by_number[number], kind, opening))
+            tried[number] += 1
+            heapq.heapreplace(heap, (score + 0.5, number))  # about every third is kept
+        return tasks
+
+    def _own(self) -> list[Question]:
+        return [
             Question(question=request, passage=passage.number)
             for request in self.plan.requests
             for passage in self.passages
             if self.plan.is_prompt or ask.is_about(request, passage)
         ]
-        return own + [Question(**record) for records in done for record in records]
 
-    def _done(self) -> list[list[dict[str, Any]]]:
+    def _sifted(self, new: Sequence[Question], earlier: Sequence[Question]) -> list[Question]:
+        return sift(new, self.passages, earlier, is_prompt=self.plan.is_prompt)
+
+    def _done(self) -> list[dict[str, Any]]:
         """What earlier calls wrote; a line that a kill cut short is as if it had not been."""
-        found: list[list[dict[str, Any]]] = []
+        found: list[dict[str, Any]] = []
         for line in read_lines(self.file):
             if line.get("call") == len(found):
-                found.append(line["records"])
+                found.append(line)
         return found
 
     def _one(
-        self, kind: str, tasks: Sequence[Task], path: tuple[int, ...], done: Sequence[Sequence[dict[str, Any]]]
+        self, kind: str, tasks: Sequence[Task], path: tuple[int, ...], questions: Sequence[Question]
     ) -> list[dict[str, Any]]:
         if kind == "anchors":
             return [{"question": text, "kind": "everyday"} for text in self.base.everyday(ANCHORS_A_CALL, path)]
@@ -151,10 +204,9 @@ class Asking:
             found = ask.for_prompt(prompt.text, self.base, ANCHORS_A_CALL, path)
             return [{"question": text, "kind": topic, "passage": prompt.number} for topic, text in found]
         earlier: dict[int, list[str]] = {}
-        for records in done:
-            for record in records:
-                if record.get("passage") is not None:
-                    earlier.setdefault(record["passage"], []).append(record["question"])
+        for question in questions:
+            if question.passage is not None:
+                earlier.setdefault(question.passage, []).append(question.question)
         written = self.writer.questions(tasks, earlier, path)
         return [
             {"question": text, "kind": task.kind, "passage": task.passage.number}
@@ -163,11 +215,21 @@ class Asking:
         ]
 
 
-def sift(questions: Sequence[Question], passages: Sequence[Passage], *, is_prompt: bool) -> list[Question]:
-    """Mark as dropped what can be seen to be no use without a model, and give every question its system turn."""
-    seen: set[str] = set()
+def sift(
+    questions: Sequence[Question],
+    passages: Sequence[Passage],
+    earlier: Sequence[Question] = (),
+    *,
+    is_prompt: bool,
+) -> list[Question]:
+    """Mark as dropped what can be seen to be no use without a model, and give every question its system turn.
+
+    Args:
+        earlier: those that stand there already.
+    """
+    seen = {ask.normal(question.question) for question in earlier}
     by_number = {passage.number: passage for passage in passages}
-    for i, question in enumerate(questions):
+    for i, question in enumerate(questions, start=len(earlier)):
         passage = by_number.get(question.passage) if question.passage is not None and not is_prompt else None
         fault = ask.fault_of(question.question, passage, seen)
         seen.add(ask.normal(question.question))
@@ -178,29 +240,13 @@ def sift(questions: Sequence[Question], passages: Sequence[Passage], *, is_promp
     return list(questions)
 
 
-def judge(
-    folder: Path,
-    questions: list[Question],
-    keeper: Keeper,
-    budget: Budget,
-    tick: Callable[[int, int, str], None],
-) -> list[Question]:
+def judge(folder: Path, questions: list[Question], keeper: Keeper) -> list[Question]:
     """Answer and decide what is not judged yet; ``questions.jsonl`` is brought up to date after every batch."""
-    path = folder / QUESTIONS_FILE
     waiting = [q for q in questions if q.use != "dropped" and keeper.needs_judging(q)]
-    seconds = 0.0
     for start in range(0, len(waiting), JUDGED_AT_ONCE):
-        if start and budget.is_over(0.5, seconds):
-            for question in waiting[start:]:
-                question.use, question.why = "dropped", "no time was left to judge it"
-            break
-        started = time.monotonic()
-        part = waiting[start : start + JUDGED_AT_ONCE]
-        keeper.judge(part)
-        write_questions(path, questions)
-        seconds = time.monotonic() - started
-        tick(min(start + JUDGED_AT_ONCE, len(waiting)), len(waiting), "judging")
-    write_questions(path, questions)
+        keeper.judge(waiting[start : start + JUDGED_AT_ONCE])
+        write_questions(folder / QUESTIONS_FILE, questions)
+    write_questions(folder / QUESTIONS_FILE, questions)
     return questions
 
 

@@ -30,6 +30,7 @@ class Question:
         unsure: the teacher's own surprise at its answer, nats a token.
         answer: the teacher's answer (of an anchor: the base's).
         asked: digest of what the answer was made from; another one means that a line was edited since.
+        call: number of the call that wrote it; -1 for the user's own.
     """
 
     question: str
@@ -42,6 +43,7 @@ class Question:
     unsure: float | None = None
     answer: str = ""
     asked: str = ""
+    call: int = -1
 
     def digest(self, privileged: str) -> str:
         content = json.dumps([self.question, self.passage, self.system, privileged])

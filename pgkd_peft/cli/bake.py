@@ -307,15 +307,20 @@ def write_questions(
             seed=config.seed,
         )
         questions = pipeline.known_questions(folder, len(passages))
-        if questions is None:
+        state = read_json(folder / BAKE_FILE)
+        if questions is None or state.get("asking"):
             server = (
                 ServerWriter(args.writer_url, str(args.writer_model), key_env=args.writer_key_env)
                 if args.writer_url
                 else writer
             )
-            asking = pipeline.Asking(folder, passages, server, writer, plan, budget, tick)
-            questions = pipeline.sift(asking.run(), passages, is_prompt=args.is_prompt)
-        questions = pipeline.judge(folder, questions, keeper, budget, tick)
+            write_json(folder / BAKE_FILE, {**state, "asking": True})  # what is read in after a kill is not whole
+            questions = pipeline.Asking(folder, passages, server, writer, keeper, plan, budget, tick).run(
+                questions or []
+            )
+            write_json(folder / BAKE_FILE, state)
+        else:
+            questions = pipeline.judge(folder, questions, keeper)
     console.print(f"{pipeline.counted(questions)} [{budget.spent:.0f} s]", highlight=False, markup=False)
     keeper.model = None  # type: ignore[assignment]  # let go of, before training loads it again
     return questions, keeper
