@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import zlib
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -371,6 +372,38 @@ def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_pa
     document.write_text(DOCUMENT + "\nOne more sentence about the harbour.\n")
     assert cli.main(argv) == 2
     assert "a bake of another text" in capsys.readouterr().err
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert cli.main([*argv, "--overwrite", "--model_name_or_path", str(tmp_path / "no-such-model")]) == 2
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before  # nothing goes before the model is there
+
+
+def test_more_is_asked_about_what_was_hard_to_ask_about(tmp_path):
+    passages = split_documents([("a.md", "\n\n".join(f"The tower {name} is red." for name in ["Abc", "Bcd", "Cde"]))])
+    plan = pipeline.Plan(questions=4, anchors=0)
+    asking = pipeline.Asking(tmp_path, passages, None, None, None, plan, pipeline.Budget(), None)
+    kind, first = asking.next_call(0, [])
+    assert kind == "questions"
+    assert Counter(task.passage.number for task in first) == {0: 4, 1: 4, 2: 4}
+    asking.tried = Counter({0: 2, 1: 2, 2: 2})
+    kept = [Question("?", passage=0, use="train"), Question("?", passage=0, use="heldout")]
+    dropped = [Question("?", passage=1, use="dropped")]
+    _, tasks = asking.next_call(1, [*kept, *dropped])
+    assert Counter(task.passage.number for task in tasks) == {1: 3, 2: 3}
+    assert [task.opening for task in tasks if task.passage.number == 1] == [o for _, o in ask.rounds(3, first=2)]
+    asking.tried = Counter({0: 4, 1: 4, 2: 4})
+    assert asking.next_call(2, []) == ("nothing", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The lighthouse at Port Ammersby is violet.", "Port Ammersby"),
+        ("Since May the Lantern Fair of Sorrelby is held by Ann.", "May and Lantern Fair of Sorrelby"),
+        ("It is violet.", "this"),
+    ],
+)
+def test_what_to_ask_about_is_named(text, found):
+    assert ask.subject(split_documents([("a.md", text + " It stands there.")])[0]) == found
 
 
 @pytest.mark.parametrize(
@@ -405,6 +438,7 @@ def test_bad_documents_are_named_before_a_model_is_loaded(tmp_path, capsys, name
         (["--system_prompt", "Be brief.", "--dataset_name", "rows.jsonl"], "dataset_name is for rows of your own"),
         (["--system_prompt", "Be brief.", "--requests", "no-such.txt"], "does not exist"),
         (["--system_prompt", "Be brief.", "--more"], "there is none"),
+        (["--system_prompt", "Be brief.", "--more", "--overwrite"], "give one of them"),
     ],
 )
 def test_arguments_that_do_not_fit(tmp_path, capsys, given, words):

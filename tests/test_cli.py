@@ -452,12 +452,14 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert cli.main(["recipes"]) == 0
     out = capsys.readouterr().out
     assert {"facts_cpu", "chatterbot_terse"} <= set(recipes())
-    for name in recipes():
+    for name in (*recipes(), "bake/document_24gb"):
         assert f"  {name} " in out
     assert cli.main(["recipes", "cp", "facts_cpu", str(tmp_path)]) == 0
     copied = tmp_path / "facts_cpu.yaml"
     assert copied.read_text("utf-8") == recipes()["facts_cpu"].read_text("utf-8")
     assert os.access(copied, os.X_OK)
+    assert cli.main(["recipes", "cp", "bake/prompt_t4", str(tmp_path)]) == 0
+    assert "pgkd bake --config" in (tmp_path / "prompt_t4.yaml").read_text("utf-8")
     assert cli.main(["recipes", "cp", "facts_cpu", str(tmp_path)]) == 2
     assert "exists" in capsys.readouterr().err
     assert cli.main(["recipes", "cp", "fact_cpu", str(tmp_path / "x")]) == 2

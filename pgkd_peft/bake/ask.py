@@ -211,13 +211,17 @@ def subject(passage: Passage) -> str:
     against 49 without (SmolLM2-135M, one seed).
     """
     known = names(passage.privileged)
-    runs = (run.group() for run in _CAPITALISED.finditer(passage.text))
-    found = [run for run in runs if {word.lower() for word in re.findall(r"\w+", run)} & known]
-    found = [re.sub(r"^(The|A|An|In|At|On)\s+", "", run) for run in found]
+    found = []
+    for run in _CAPITALISED.findall(passage.text):
+        words = run.split()
+        while words and not {part.lower() for part in re.findall(r"\w+", words[0])} & known:  # it began a sentence
+            del words[0]
+        if words:
+            found.append(" ".join(words))
     return " and ".join(dict.fromkeys(found[:2])) or (passage.headings[-1] if passage.headings else "this")
 
 
-_CAPITALISED = re.compile(r"[^\W\d_a-z][\w-]+(?: (?:(?:of|the|and|at|de|von) )?[^\W\d_a-z][\w-]+)*")
+_CAPITALISED = re.compile(r"[^\W\d_a-z][\w-]+(?: (?:of )?[^\W\d_a-z][\w-]+)*")
 
 
 def content_words(text: str) -> set[str]:

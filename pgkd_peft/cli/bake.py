@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,13 +185,20 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
     requests = read.requests(args.requests) if args.requests else []
     data, model_args, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
     folder = Path(str(config.output_dir))
-    if data.overwrite:
-        for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "more", ignore_errors=True)
     if args.more:
+        if data.overwrite:
+            raise ConfigError("--more goes on from the bake that --overwrite would remove; give one of them")
         return more(args, train_flags, passages, folder)
-    begun = begin(args, passages, requests, folder)
+    begun = begin(args, passages, requests, {} if data.overwrite else read_json(folder / BAKE_FILE), folder)
+
+    def accept() -> None:
+        if data.overwrite:
+            for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "more", ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / BAKE_FILE, begun)
+
     if read_json(folder / RUN_FILE).get("finished") and not data.overwrite:
         raise ConfigError(
             f"the bake in {str(folder)!r} is finished. --more asks about what was not taken over, --overwrite begins "
@@ -201,7 +208,8 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
     budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
     plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
     name = str(model_args.model_name_or_path)
-    questions, keeper = write_questions(args, passages, (name, model_args, config), folder, plan, budget, console)
+    base = (name, model_args, config)
+    questions, keeper = write_questions(args, passages, base, folder, plan, budget, console, accept)
     if args.dry_run:
         console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
         return 0
@@ -219,8 +227,10 @@ def read_passages(args: BakeArguments) -> list[Passage]:
     return passages
 
 
-def begin(args: BakeArguments, passages: Sequence[Passage], requests: Sequence[str], folder: Path) -> dict[str, Any]:
-    """What stands in ``bake.json``; written at the start, compared when a bake goes on.
+def begin(
+    args: BakeArguments, passages: Sequence[Passage], requests: Sequence[str], before: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """What stands in ``bake.json``, compared with what an interrupted bake has left there.
 
     Raises:
         ConfigError: the folder holds a bake of something else.
@@ -228,21 +238,15 @@ def begin(args: BakeArguments, passages: Sequence[Passage], requests: Sequence[s
     content = json.dumps(
         [[p.privileged for p in passages], list(requests), args.wanted, args.anchors, args.writer_model]
     )
-    state = {"digest": hashlib.sha256(content.encode()).hexdigest()[:16], "passages": len(passages)}
-    path = folder / BAKE_FILE
-    before = read_json(path)
-    if before and before.get("digest") != state["digest"]:
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    if before and before.get("digest") != digest:
         raise ConfigError(
             f"{str(folder)!r} holds a bake of another text, or with other --requests, --questions, --anchors or "
             "--writer_model. Use another --output_dir, or --overwrite to begin anew."
         )
-    if not before:
-        folder.mkdir(parents=True, exist_ok=True)
-        kind = "system prompt" if args.is_prompt else "document"
-        write_json(
-            folder / BAKE_FILE, {**state, "kind": kind, "sources": sorted({passage.source for passage in passages})}
-        )
-    return read_json(path)
+    kind = "system prompt" if args.is_prompt else "document"
+    sources = sorted({passage.source for passage in passages})
+    return before or {"digest": digest, "passages": len(passages), "kind": kind, "sources": sources}
 
 
 @contextlib.contextmanager
@@ -270,8 +274,10 @@ def write_questions(
     plan: pipeline.Plan,
     budget: pipeline.Budget,
     console: Any,
+    accept: Callable[[], None] = lambda: None,
 ) -> tuple[list[Question], Keeper]:
-    """Ask and judge, or take up what an earlier call and the user's edits have left."""
+    """Ask and judge, or take up what an earlier call and the user's edits have left; `accept` is called when the model
+    is there, before anything is written."""
     import torch
 
     from ..bake.ask import BaseWriter
@@ -294,6 +300,7 @@ def write_questions(
     # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
     # dequantizing every weight for every token.
     student, _ = build_student(name, config, lora_config(model_args), quantization_config(model_args, config))
+    accept()
     engine = RolloutEngine(student, config.rollout_engine, base_of(student).get_input_embeddings().weight.dtype)
     with torch.no_grad(), engine.model() as model, progress(console) as tick:
         writer = BaseWriter(model, collator)

@@ -28,14 +28,20 @@ def main(argv: Sequence[str]) -> int:
         print(listing())
         return 0
     if args.name is None:
-        raise ConfigError(f"name a recipe: pgkd recipes cp NAME; there are: {', '.join(sorted(recipes()))}")
+        raise ConfigError(f"name a recipe: pgkd recipes cp NAME; there are: {', '.join(sorted(everything()))}")
     print(copy(args.name, Path(args.to)))
     return 0
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes by name (the file's name without its ending)."""
+    """The recipes of `pgkd train` by name (the file's name without its ending)."""
     return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}
+
+
+def everything() -> dict[str, Path]:
+    """Those, and the recipes of `pgkd bake` as ``bake/NAME``."""
+    bakes = {f"bake/{path.stem}": path for path in sorted(shipped("recipes").glob("bake/*.yaml"))}
+    return {**recipes(), **bakes}
 
 
 def purpose(path: Path) -> str:
@@ -50,13 +56,14 @@ def purpose(path: Path) -> str:
 
 def listing() -> str:
     """All recipes with what they are for, and the command that runs one."""
-    found = recipes()
+    found = everything()
     indent = max(map(len, found)) + 4
     lines = [
         textwrap.fill(purpose(path), 120, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
         for name, path in found.items()
     ]
-    return "\n".join([*lines, "", "pgkd recipes cp NAME && pgkd train --config NAME.yaml"])
+    last = "pgkd recipes cp NAME && pgkd train --config NAME.yaml    (bake/NAME: pgkd bake --config NAME.yaml)"
+    return "\n".join([*lines, "", last])
 
 
 def copy(name: str, to: Path) -> Path:
@@ -65,7 +72,7 @@ def copy(name: str, to: Path) -> Path:
     Raises:
         ConfigError: no such recipe, or the file exists.
     """
-    found = recipes()
+    found = everything()
     name = name.removesuffix(".yaml")
     if name not in found:
         near = get_close_matches(name, found, 1)
