@@ -130,7 +130,8 @@ def settle_checkpointing(config: PrivilegedGKDConfig, model: Any, report: DataRe
         model: the student.
         report: on the training rows; None where their lengths are not known.
     """
-    if not config.is_open("gradient_checkpointing") or report is None or config.device.type != "cpu":
+    is_open = config.is_open("gradient_checkpointing") and "activation_checkpointing" not in config.given
+    if not is_open or report is None or config.device.type != "cpu":
         return
     answers = max(config.max_new_tokens, *report.completion_lengths)
     needed = activation_bytes(
@@ -142,6 +143,7 @@ def settle_checkpointing(config: PrivilegedGKDConfig, model: Any, report: DataRe
     if needed is not None and needed < free / 4:
         reason = f"a micro-batch's activations take at most {needed / 2**30:.1f} of {free / 2**30:.0f} GiB free memory"
         config.choose("gradient_checkpointing", False, f"{reason}, and with it each layer runs twice")
+        config.activation_checkpointing = False  # what Transformers reads; the other is its older name
 
 
 def activation_bytes(config: Any, rows: int, length: int) -> int | None:

@@ -289,13 +289,24 @@ def test_the_command_ends_with_code_2(tmp_path, llama_path, capsys):
     assert pgkd(["train", "--config", str(tmp_path / "recipe.yaml"), "--allow_privileged_cut"]) == 0
 
 
-def test_memory_that_is_plenty_is_used_for_speed(make_trainer, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "plenty", "checkpoints"),
+    [
+        ({}, True, False),
+        ({}, False, True),
+        ({"gradient_checkpointing": True}, True, True),
+        ({"activation_checkpointing": True}, True, True),
+    ],
+)
+def test_memory_that_is_plenty_is_used_for_speed(make_trainer, monkeypatch, given, plenty, checkpoints):
     from pgkd_peft import automatic
 
-    assert make_trainer().args.gradient_checkpointing is False
-    assert make_trainer(config={"gradient_checkpointing": True}).args.gradient_checkpointing is True
-    monkeypatch.setattr(automatic, "free_bytes", lambda device: 1000)
-    assert make_trainer().args.gradient_checkpointing is True
+    if not plenty:
+        monkeypatch.setattr(automatic, "free_bytes", lambda device: 1000)
+    trainer = make_trainer(config={"max_steps": 1, **given})
+    trainer.train()
+    flags = {m.gradient_checkpointing for m in trainer.model.modules() if hasattr(m, "gradient_checkpointing")}
+    assert flags == {checkpoints}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
