@@ -11,14 +11,15 @@ import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import context
-from tiny import save_tiny
+from tiny import STRICT, byte_tokenizer, save_tiny
 
-from pgkd_peft import cli
+from pgkd_peft import DataCollatorForPrivilegedGKD, cli
 from pgkd_peft.bake import ask, coverage, pipeline, read
-from pgkd_peft.bake.keep import Keeper
+from pgkd_peft.bake.keep import SYSTEMS, Keeper, systems_of
 from pgkd_peft.bake.questions import Question, read_questions
 from pgkd_peft.bake.server import ServerWriter, WriterError
 from pgkd_peft.bake.split import Passage, rules, split_documents
@@ -380,7 +381,8 @@ def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_pa
 def test_more_is_asked_about_what_was_hard_to_ask_about(tmp_path):
     passages = split_documents([("a.md", "\n\n".join(f"The tower {name} is red." for name in ["Abc", "Bcd", "Cde"]))])
     plan = pipeline.Plan(questions=4, anchors=0)
-    asking = pipeline.Asking(tmp_path, passages, None, None, None, plan, pipeline.Budget(), None)
+    writer = SimpleNamespace(collator=DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    asking = pipeline.Asking(tmp_path, passages, None, writer, None, plan, pipeline.Budget(), None)
     kind, first = asking.next_call(0, [])
     assert kind == "questions"
     assert Counter(task.passage.number for task in first) == {0: 4, 1: 4, 2: 4}
@@ -499,3 +501,17 @@ def test_a_training_that_is_slower_than_measured_ends_in_time(base, server, tmp_
     assert "stopped after step 1 of 4" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 1
     assert (tmp_path / "run" / "coverage.json").is_file()
+
+
+def test_anchors_of_a_prompt_stand_under_another_system_turn(tmp_path):
+    passages = [Passage(0, "system prompt", (), "Be brief.")]
+    found = pipeline.sift([Question("What is rain?"), Question("What is snow?", passage=0)], passages, is_prompt=True)
+    assert found[0].system in SYSTEMS[1:]
+    assert found[1].system is None
+    strict = DataCollatorForPrivilegedGKD(byte_tokenizer(STRICT))
+    assert systems_of(strict) == (None,)
+    plan = pipeline.Plan(questions=48, anchors=48, is_prompt=True)
+    for collator, first in ((strict, "requests"), (DataCollatorForPrivilegedGKD(byte_tokenizer()), "anchors")):
+        writer = SimpleNamespace(collator=collator)
+        asking = pipeline.Asking(tmp_path, passages, None, writer, None, plan, pipeline.Budget(), None)
+        assert asking.next_call(0, [])[0] == first

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from ..errors import DataError
 from ..evaluation.nats import answer_nll
 from ..model.load import base_of
 from ..rollout import generate
@@ -26,7 +27,18 @@ MOST_UNSURE = 1.0
 HELD_OUT_EVERY = 12
 HELD_OUT_ANCHORS_EVERY = 6  # there are fewer of them
 SYSTEMS = (None, "Answer in one short sentence.", "You are a helpful assistant.")
-"""System turns that questions on a document are asked under, in turn: nobody knows which one will stand there."""
+"""System turns that requests stand under, in turn: nobody knows which one will stand there. What is taught of a system
+prompt holds where no other system turn stands, so its anchors all have one."""
+
+
+def systems_of(collator: DataCollatorForPrivilegedGKD) -> tuple[str | None, ...]:
+    """:data:`SYSTEMS`, or (None,) where the chat template has no system turn."""
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello."}]
+    try:
+        collator.encode({"messages": turns})
+    except DataError:
+        return (None,)
+    return SYSTEMS
 
 
 class Keeper:

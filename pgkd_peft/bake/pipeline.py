@@ -20,7 +20,7 @@ from ..run.folder import ASKED_FILE, QUESTIONS_FILE
 from ..run.jsonl import append_lines, read_lines, write_whole
 from . import ask
 from .ask import BaseWriter, Task, Writer
-from .keep import SYSTEMS, Keeper
+from .keep import SYSTEMS, Keeper, systems_of
 from .questions import Question, read_questions, write_questions
 from .split import Passage
 
@@ -101,6 +101,10 @@ class Asking:
         self.keeper, self.plan, self.budget, self.tick = keeper, plan, budget, tick
         self.file = folder / ASKED_FILE
         self.wanted = [p for p in self.passages if plan.only is None or p.number in set(plan.only)]
+        self.systems = systems_of(base.collator)
+        # Where no system turn can tell them apart, anchors would unteach what the requests teach.
+        told_apart = not plan.is_prompt or self.systems != (None,)
+        self.anchor_calls = -(-plan.anchors // ANCHORS_A_CALL) if told_apart else 0
         self.tried: Counter[int] = Counter()  # passage -> questions asked for
 
     def run(self, questions: list[Question]) -> list[Question]:
@@ -142,17 +146,15 @@ class Asking:
 
     def _calls(self) -> int:
         """About how many there will be."""
-        other = -(-self.plan.anchors // ANCHORS_A_CALL)
         rows = ANCHORS_A_CALL if self.plan.is_prompt else ROWS_A_CALL
-        return other + -(-self.plan.questions * (1 if self.plan.is_prompt else len(self.wanted)) // rows)
+        return self.anchor_calls + -(-self.plan.questions * (1 if self.plan.is_prompt else len(self.wanted)) // rows)
 
     def next_call(self, number: int, questions: Sequence[Question]) -> tuple[str, list[Task]]:
         """What call `number` asks for: "anchors", "requests", "questions" (with the tasks) or "nothing"."""
-        anchors = -(-self.plan.anchors // ANCHORS_A_CALL)
-        if number < anchors:
+        if number < self.anchor_calls:
             return "anchors", []
         if self.plan.is_prompt:
-            more = number < anchors + -(-self.plan.questions // ANCHORS_A_CALL)
+            more = number < self.anchor_calls + -(-self.plan.questions // ANCHORS_A_CALL)
             return ("requests" if more else "nothing"), []
         left = self.plan.questions * len(self.wanted) - self.tried.total()
         tasks = self._tasks(min(ROWS_A_CALL, left), questions)
@@ -184,7 +186,7 @@ class Asking:
         ]
 
     def _sifted(self, new: Sequence[Question], earlier: Sequence[Question]) -> list[Question]:
-        return sift(new, self.passages, earlier, is_prompt=self.plan.is_prompt)
+        return sift(new, self.passages, earlier, self.systems, is_prompt=self.plan.is_prompt)
 
     def _done(self) -> list[dict[str, Any]]:
         """What earlier calls wrote; a line that a kill cut short is as if it had not been."""
@@ -219,6 +221,7 @@ def sift(
     questions: Sequence[Question],
     passages: Sequence[Passage],
     earlier: Sequence[Question] = (),
+    systems: Sequence[str | None] = SYSTEMS,
     *,
     is_prompt: bool,
 ) -> list[Question]:
@@ -226,6 +229,7 @@ def sift(
 
     Args:
         earlier: those that stand there already.
+        systems: that the template can carry; the anchors of a system prompt always have one.
     """
     seen = {ask.normal(question.question) for question in earlier}
     by_number = {passage.number: passage for passage in passages}
@@ -233,8 +237,9 @@ def sift(
         passage = by_number.get(question.passage) if question.passage is not None and not is_prompt else None
         fault = ask.fault_of(question.question, passage, seen)
         seen.add(ask.normal(question.question))
-        if not is_prompt and question.passage is not None and question.system is None:
-            question.system = SYSTEMS[i % len(SYSTEMS)]
+        if question.system is None and not (is_prompt and question.passage is not None):
+            choices = [system for system in systems if system is not None or not is_prompt]
+            question.system = choices[i % len(choices)]
         if fault and question.kind != "own":
             question.use, question.why = "dropped", fault
     return list(questions)
