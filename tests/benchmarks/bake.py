@@ -10,7 +10,7 @@
 
 The judges: of the facts the 40 human questions of builtin:facts_heldout, of the document ten questions that were
 written before the first run (does the answer hold the word?), of the prompts 20 requests (does the answer keep the
-rules? examples/bake/compliance.py); and the drift on builtin:neutral_heldout, whose rows have a system turn of their own.
+rules? examples/bake/compliance.py); and the drift on builtin:neutral_heldout, which has a system turn of its own.
 """
 
 from __future__ import annotations
