@@ -125,10 +125,11 @@ def keeper(make_trainer):
     return Keeper(trainer.model, trainer.data_collator, {0: "The lighthouse is violet."}, max_new_tokens=6)
 
 
-def test_the_gap_is_the_difference_of_two_plain_log_probabilities(keeper):
+def test_the_gap_is_the_difference_of_two_plain_log_probabilities(keeper, monkeypatch):
     import torch
 
     question = Question("What colour is the lighthouse?", passage=0)
+    monkeypatch.setattr(keeper, "_fault", lambda question, ended: "")
     keeper.judge([question])
     encoded = keeper.collator.encode({"messages": question.messages(), "privileged_messages": keeper.privileged[0]})
 
@@ -164,10 +165,11 @@ def test_the_gap_is_the_difference_of_two_plain_log_probabilities(keeper):
 def test_what_becomes_of_a_question(keeper, monkeypatch, gap, unsure, answer, use, why):
     monkeypatch.setattr(keeper, "_held_out", lambda question: False)
     question = Question("What colour is the lighthouse?", passage=0, gap=gap, unsure=unsure, answer=answer)
-    keeper.decide(question)
+    keeper.decide(question, keeper._fault(question, True))
     assert (question.use, question.why) == (use, why)
+    assert keeper._fault(question, False) == ("the answer does not end" if answer else "the teacher says nothing")
     by_hand = Question("What colour?", passage=0, gap=0.1, unsure=unsure, answer=answer, use="train")
-    keeper.decide(by_hand)
+    keeper.decide(by_hand, keeper._fault(by_hand, True))
     assert by_hand.use == ("train" if answer else "dropped")
 
 

@@ -100,41 +100,58 @@ class Keeper:
         better = [row["teacher_ids"] for row in encoded]
         pad = self.collator.pad_token_id
         answers = generate(self.model, better, max_new_tokens=self.max_new_tokens, stop_ids=self.stops, pad_id=pad)
-        told = answer_nll(self.model, better, answers, pad)
-        untold = answer_nll(self.model, plain, answers, pad)
-        for i, (question, ids) in enumerate(zip(questions, answers)):
+        for question, ids in zip(questions, answers):
             question.asked = self.digest(question)
             question.answer = self.collator.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            question.gap = round(float(untold[i] - told[i]), 3)
-            question.unsure = round(float(told[i] / len(ids)), 3)
-            self.decide(question, ended=ids[-1] in self.stops)
+            question.gap = question.unsure = None
+        faults = [self._fault(question, ids[-1] in self.stops) for question, ids in zip(questions, answers)]
+        # Read twice is only what may be trained on.
+        read = [i for i, question in enumerate(questions) if question.passage is not None and not faults[i]]
+        chosen = [answers[i] for i in read]
+        told = answer_nll(self.model, [better[i] for i in read], chosen, pad)
+        untold = answer_nll(self.model, [plain[i] for i in read], chosen, pad)
+        for i, with_privileged, without in zip(read, told, untold):
+            questions[i].gap = round(float(without - with_privileged), 3)
+            questions[i].unsure = round(float(with_privileged / len(answers[i])), 3)
+        for question, fault in zip(questions, faults):
+            self.decide(question, fault)
 
-    def decide(self, question: Question, *, ended: bool = True) -> None:
-        """Set ``use`` and ``why``; what the user has set stays, as long as it can be trained."""
+    def decide(self, question: Question, fault: str = "") -> None:
+        """Set ``use`` and ``why``; what the user has set stays, as long as it can be trained.
+
+        Args:
+            fault: of the answer, see :meth:`_fault`.
+        """
         own = question.use
-        question.use, question.why = self._verdict(question, ended)
+        question.use, question.why = ("dropped", fault) if fault else self._verdict(question)
         if own and not (own in ("train", "heldout") and not question.answer):
             question.use, question.why = own, question.why if own == question.use else "by hand"
 
-    def _verdict(self, question: Question, ended: bool) -> tuple[str, str]:
+    def _fault(self, question: Question, ended: bool) -> str:
+        """What is wrong with an answer by itself, "" if nothing is."""
         if not question.answer:
-            return "dropped", "the teacher says nothing"
+            return "the teacher says nothing"
+        if question.passage is None or self.least_gap is None:
+            return ""
+        if not ended:
+            return "the answer does not end"
+        if speaks_of_the_text(question.answer):
+            return "the answer speaks of the text"
+        if self.facts and not self._informs(question):
+            return "the answer says nothing new"
+        return ""
+
+    def _verdict(self, question: Question) -> tuple[str, str]:
         held_out = self._held_out(question)
         if question.passage is None:
             return ("heldout" if held_out else "anchor"), ("held out" if held_out else "")
-        assert question.gap is not None
-        assert question.unsure is not None
         if self.least_gap is not None:
+            assert question.gap is not None
+            assert question.unsure is not None
             if question.gap < self.least_gap:
                 return "anchor", "without effect"
-            if not ended:
-                return "dropped", "the answer does not end"
-            if speaks_of_the_text(question.answer):
-                return "dropped", "the answer speaks of the text"
             if question.unsure > MOST_UNSURE:
                 return "dropped", "the teacher guesses"
-            if self.facts and not self._informs(question):
-                return "dropped", "the answer says nothing new"
         if question.kind == HELD_OUT_KIND:
             return "heldout", f"all of the kind {HELD_OUT_KIND!r} are held out"
         return ("heldout", "held out") if held_out else ("train", "")
