@@ -28,6 +28,7 @@ from .errors import DataError
 from .model.head import Head
 from .model.load import base_of
 from .model.rates import lora_learning_rate
+from .prefix import share_read_once
 from .teacher import Teacher
 
 ENOUGH_STEPS = 150
@@ -38,6 +39,10 @@ WARMUP = 0.05
 PROBED_ROWS = 16
 LEAST_ROWS = 8
 """Rows with PI and a reference answer that the placements are compared on, and below which nothing is compared."""
+
+SHARING_ROWS = 200
+WORTH_MOVING = 0.2
+"""Rows that are looked at for common beginnings, and the share of the teacher's tokens that must be saved."""
 
 USE_TEMPLATE = "{question}\n\nUse this in your answer: {privileged}"
 PLACEMENTS: tuple[tuple[str, str | None], ...] = (
@@ -176,7 +181,8 @@ def choose_placement(
 
     Compared on at most :data:`PROBED_ROWS` rows with PI and a reference answer, by the teacher's negative
     log-likelihood of that answer a token. The first of :data:`PLACEMENTS` stays unless another is better by more than
-    two standard errors of the mean difference over rows.
+    two standard errors of the mean difference over rows. Of those that are no worse than the best by that measure, one
+    in front of which prompts begin alike is taken, where it lets the teacher read much less.
 
     Returns:
         Whether the placement or its wording was changed.
@@ -192,20 +198,28 @@ def choose_placement(
             return False
         config.choose("privileged_placement", "user", "privileged_template was given, which `messages` does not use")
         return True
-    losses = {}
+    losses, shares = {}, {}
     for placement, template in candidates:
         collator = collator_with(config, tokenizer, placement, template)
         if collator.builder.placement == placement:  # else the chat template cannot carry it
             losses[placement, template] = answer_losses(collator, sampled, teacher, head)
+            prompts = [collator.encode(rows[i])["teacher_ids"] for i in range(min(len(rows), SHARING_ROWS))]
+            shares[placement, template] = share_read_once(prompts)
     first = next(iter(losses))
     best = min(losses, key=lambda name: statistics.fmean(losses[name]))
     if first == candidates[0] == PLACEMENTS[0] and not clearly_less(losses[best], losses[first]):
         best = first
+    as_good = [name for name in losses if not clearly_less(losses[best], losses[name])]
+    cheapest = max(as_good, key=lambda name: shares[name])
+    cheaper = shares[cheapest] > shares[best] + WORTH_MOVING
+    best = cheapest if cheaper else best
     found = ", ".join(
         f"{placement}{' worded' if template == USE_TEMPLATE else ''} {statistics.fmean(values):.2f}"
         for (placement, template), values in losses.items()
     )
     reason = f"nats a token of {len(sampled)} reference answers with the PI there: {found}"
+    if cheaper:
+        reason += f"; as good as any, and {shares[best]:.0%} of the teacher's tokens are read once"
     config.choose("privileged_placement", best[0], reason)
     if best[1] is not None and config.privileged_template is None:
         config.choose("privileged_template", best[1], "the wording with which the base used the PI best")

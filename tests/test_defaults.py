@@ -173,6 +173,21 @@ def test_the_placement_is_where_the_reference_answers_are_likeliest(tmp_path):
     assert {count for _, _, count in seen} == {len(ROWS)}
 
 
+@pytest.mark.parametrize(("system", "chosen"), [(2.0, "system"), (2.5, "messages")])
+def test_of_equally_good_placements_the_one_that_shares_is_taken(tmp_path, monkeypatch, system, chosen):
+    from pgkd_peft import automatic
+
+    losses = {"messages": 2.0, "user": 9.0, "system": system}
+    monkeypatch.setattr(
+        automatic, "answer_losses", lambda collator, rows, *_: [losses[collator.builder.placement]] * len(rows)
+    )
+    trainer = make(
+        tmp_path, rows=[row(f"Say {i}?", f"{i}", "Count as they did in the old days. " * 4) for i in range(12)]
+    )
+    assert trainer.contexts.builder.placement == chosen
+    assert ("read once" in trainer.args.automatic["privileged_placement"][1]) == (chosen == "system")
+
+
 def test_the_probe_measures_the_likelihood_of_the_answers(tmp_path):
     """Against a plain forward of each row alone."""
     import torch
