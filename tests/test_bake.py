@@ -159,6 +159,7 @@ def test_the_gap_is_the_difference_of_two_plain_log_probabilities(keeper, monkey
         (9.0, 2.0, "It is violet.", "dropped", "the teacher guesses"),
         (9.0, 0.1, "The text says violet.", "dropped", "the answer speaks of the text"),
         (9.0, 0.1, "The lighthouse is one.", "dropped", "the answer says nothing new"),
+        (9.0, 0.1, "It is a violet novel by Charles Dickens.", "dropped", "the answer says what does not stand there"),
         (9.0, 0.1, "", "dropped", "the teacher says nothing"),
     ],
 )

@@ -24,9 +24,12 @@ LEAST_GAP = 2.0
 """Nats by which the PI must favour the teacher's answer: a factor of seven."""
 MOST_UNSURE = 1.0
 """Nats a token: a teacher less sure of its own answer than this guesses, for the passage does not say it."""
+MOST_FOREIGN = 0.34
+"""Share of an answer's words that stand neither in passage nor question: more, and the teacher makes things up."""
 HELD_OUT_EVERY = 12
 HELD_OUT_ANCHORS_EVERY = 6  # there are fewer of them
-SYSTEMS = (None, "Answer in one short sentence.", "You are a helpful assistant.")
+SHORT = "Answer in one short sentence."
+SYSTEMS = (None, SHORT, "You are a helpful assistant.")
 """System turns that requests stand under, in turn: nobody knows which one will stand there. What is taught of a system
 prompt holds where no other system turn stands, so its anchors all have one."""
 
@@ -70,6 +73,7 @@ class Keeper:
         self.max_new_tokens = max_new_tokens
         self.least_gap = least_gap
         self.facts = facts
+        self.can_shorten = facts and SHORT in systems_of(collator)
         self.seed = seed
         self.stops = stop_ids(collator.tokenizer, base_of(model).generation_config)
 
@@ -91,30 +95,47 @@ class Keeper:
         return row
 
     def judge(self, questions: Sequence[Question]) -> None:
-        """Answer and decide, in place."""
-        encoded = []
-        for question in questions:
-            question.answer = ""
-            encoded.append(self.collator.encode(self.row(question)))
-        plain = [row["student_ids"] for row in encoded]
-        better = [row["teacher_ids"] for row in encoded]
-        pad = self.collator.pad_token_id
-        answers = generate(self.model, better, max_new_tokens=self.max_new_tokens, stop_ids=self.stops, pad_id=pad)
-        for question, ids in zip(questions, answers):
-            question.asked = self.digest(question)
-            question.answer = self.collator.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            question.gap = question.unsure = None
-        faults = [self._fault(question, ids[-1] in self.stops) for question, ids in zip(questions, answers)]
+        """Answer and decide, in place.
+
+        A small teacher left to itself rambles; a question on a document whose answer is no use is asked once more for
+        one short sentence.
+        """
+        answers, faults = self._answer(questions)
+        again = [i for i, question in enumerate(questions) if faults[i] and self._may_be_short(question)]
+        if again:
+            for i in again:
+                questions[i].system = SHORT
+            for i, ids, fault in zip(again, *self._answer([questions[i] for i in again])):
+                answers[i], faults[i] = ids, fault
         # Read twice is only what may be trained on.
         read = [i for i, question in enumerate(questions) if question.passage is not None and not faults[i]]
-        chosen = [answers[i] for i in read]
-        told = answer_nll(self.model, [better[i] for i in read], chosen, pad)
-        untold = answer_nll(self.model, [plain[i] for i in read], chosen, pad)
+        encoded = [self.collator.encode(self.row(questions[i], with_answer=False)) for i in read]
+        chosen, pad = [answers[i] for i in read], self.collator.pad_token_id
+        told = answer_nll(self.model, [row["teacher_ids"] for row in encoded], chosen, pad)
+        untold = answer_nll(self.model, [row["student_ids"] for row in encoded], chosen, pad)
+        for question in questions:
+            question.gap = question.unsure = None
         for i, with_privileged, without in zip(read, told, untold):
             questions[i].gap = round(float(without - with_privileged), 3)
             questions[i].unsure = round(float(with_privileged / len(answers[i])), 3)
         for question, fault in zip(questions, faults):
             self.decide(question, fault)
+
+    def _may_be_short(self, question: Question) -> bool:
+        is_ours = question.passage is not None and question.kind != "own"
+        return self.can_shorten and is_ours and question.system != SHORT
+
+    def _answer(self, questions: Sequence[Question]) -> tuple[list[list[int]], list[str]]:
+        """Answer as teacher (anchors: as base), in place; the answers' ids and what is wrong with them."""
+        for question in questions:
+            question.answer = ""
+        prompts = [self.collator.encode(self.row(question))["teacher_ids"] for question in questions]
+        pad = self.collator.pad_token_id
+        answers = generate(self.model, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.stops, pad_id=pad)
+        for question, ids in zip(questions, answers):
+            question.asked = self.digest(question)
+            question.answer = self.collator.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return answers, [self._fault(question, ids[-1] in self.stops) for question, ids in zip(questions, answers)]
 
     def decide(self, question: Question, fault: str = "") -> None:
         """Set ``use`` and ``why``; what the user has set stays, as long as it can be trained.
@@ -139,6 +160,8 @@ class Keeper:
             return "the answer speaks of the text"
         if self.facts and not self._informs(question):
             return "the answer says nothing new"
+        if self.facts and self._foreign(question) > MOST_FOREIGN:
+            return "the answer says what does not stand there"
         return ""
 
     def _verdict(self, question: Question) -> tuple[str, str]:
@@ -160,6 +183,12 @@ class Keeper:
         assert question.passage is not None
         words = content_words(question.answer) & content_words(self.privileged[question.passage])
         return bool(words - content_words(question.question))
+
+    def _foreign(self, question: Question) -> float:
+        assert question.passage is not None
+        words = content_words(question.answer)
+        known = content_words(self.privileged[question.passage]) | content_words(question.question)
+        return len(words - known) / max(1, len(words))
 
     def _held_out(self, question: Question) -> bool:
         digest = hashlib.sha256(f"{self.seed} {question.passage} {question.question}".encode()).digest()
