@@ -408,7 +408,12 @@ def test_more_is_asked_about_what_was_hard_to_ask_about(tmp_path):
     ],
 )
 def test_what_to_ask_about_is_named(text, found):
-    assert ask.subject(split_documents([("a.md", text + " It stands there.")])[0]) == found
+    passage = split_documents([("a.md", text + " It stands there.")])[0]
+    assert ask.subject(passage) == found
+    first = found.split(" and ")[0]
+    expected = "Who is it?" if found == "this" else f"{first}: Who is it?"
+    assert ask.named("Who is it?", passage) == expected
+    assert ask.named(f"Who was at {first}?", passage) == f"Who was at {first}?"
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ class Asking:
                 earlier.setdefault(question.passage, []).append(question.question)
         written = self.writer.questions(tasks, earlier, path)
         return [
-            {"question": text, "kind": task.kind, "passage": task.passage.number}
+            {"question": ask.named(text, task.passage), "kind": task.kind, "passage": task.passage.number}
             for task, text in zip(tasks, written)
             if text
         ]
