@@ -78,7 +78,7 @@ class BakeArguments:
         default=None, metadata={"help": "Questions to write: a passage of a document (20), or a prompt in all (320)."}
     )
     anchors: int = field(
-        default=96, metadata={"help": "Everyday requests to write, on which the model is to stay as it is."}
+        default=144, metadata={"help": "Everyday requests to write, on which the model is to stay as it is."}
     )
     minutes: float | None = field(default=None, metadata={"help": "Bound of the whole bake; it does what fits."})
     dry_run: bool = field(default=False, metadata={"help": "Stop at questions.jsonl, to read and edit it."})

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--subject", nargs="+", choices=[*DOCUMENTS, "terse", "rules"], default=["facts"])
     parser.add_argument("--questions", type=int, nargs="+", default=[None])
-    parser.add_argument("--anchors", type=int, default=96)
+    parser.add_argument("--anchors", type=int, default=144)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--no-gap-filter", action="store_true")
     parser.add_argument("--human", action="store_true")
