@@ -523,3 +523,13 @@ def test_anchors_of_a_prompt_stand_under_another_system_turn(tmp_path):
         writer = SimpleNamespace(collator=collator)
         asking = pipeline.Asking(tmp_path, passages, None, writer, None, plan, pipeline.Budget(), None)
         assert asking.next_call(0, [])[0] == first
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path, caplog):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.md", "sub/a.md"):
+        (tmp_path / name).write_text("The lighthouse is violet.")
+    (tmp_path / "sub" / "table.xlsx").write_bytes(b"PK")
+    assert [name for name, _ in read.documents([str(tmp_path)])] == ["a.md", str(Path("sub", "a.md"))]
+    assert "sub/table.xlsx" in caplog.text
+    assert "a.md," not in caplog.text

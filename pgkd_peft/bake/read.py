@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError, reason
+
+logger = logging.getLogger(__name__)
 
 TEXT = (".md", ".markdown", ".txt", ".rst", "")
 REQUESTS = (*TEXT, ".jsonl")
@@ -19,20 +22,24 @@ def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
     Raises:
         DataError: a file is missing, empty, no text, or of a kind that cannot be read; a folder holds none.
     """
-    files: list[Path] = []
+    files: list[tuple[str, Path]] = []
     for given in paths:
         path = Path(given)
         if path.is_dir():
             known = {suffix for suffix in (*TEXT, *CONVERTED) if suffix}
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
+            there = sorted(p for p in path.rglob("*") if p.is_file())
+            found = [p for p in there if p.suffix.lower() in known]
             if not found:
                 raise DataError(f"--document {given!r} is a folder without a document ({', '.join(sorted(known))})")
-            files += found
+            if others := [str(p.relative_to(path)) for p in there if p not in found]:
+                shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+                logger.warning("Left out of %s, as they are no documents: %s.", given, shown)
+            files += [(str(p.relative_to(path)), p) for p in found]
         elif path.is_file():
-            files.append(path)
+            files.append((path.name, path))
         else:
             raise DataError(f"--document {given!r} does not exist; give text files, or a folder of them")
-    return [(path.name, read_text(path)) for path in files]
+    return [(name, read_text(path)) for name, path in files]
 
 
 def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
