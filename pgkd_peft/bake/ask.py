@@ -64,6 +64,13 @@ EXAMPLES = (
     }),
 )  # fmt: skip
 
+COMMON_EXAMPLES = (
+    ("What", "What is the boiling point of water?"),
+    ("Tell me", "Tell me how bread is made."),
+    ("Who", "Who wrote the novel Moby Dick?"),
+    ("Which", "Which bird cannot fly?"),
+)
+
 REQUEST_EXAMPLES = (
     "Recommend a book for a long train ride.",
     "How do I get a coffee stain out of a shirt?",
@@ -160,6 +167,22 @@ class BaseWriter:
 
     def _continued(self, text: str) -> list[int]:
         return self.collator.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def common(self, count: int, path: tuple[int, ...]) -> list[str]:
+        """Questions in the form of those about passages, on what everybody knows: there the model is led astray first,
+        when it learns to answer such questions from what it is taught."""
+        turns = []
+        for start, question in COMMON_EXAMPLES:
+            wish = f"Write one question about something that everybody knows. Begin with {start}."
+            turns += [{"role": "user", "content": wish}, {"role": "assistant", "content": question}]
+        openings = [opening for _, opening in rounds(count)]
+        prompts = []
+        for opening in openings:
+            wish = f"Write one question about something that everybody knows. Begin with {opening}."
+            prompts.append([*self.encode([*turns, {"role": "user", "content": wish}]), *self._continued(opening)])
+        written = self.write(prompts, path, most=20, temperature=1.0)
+        asked = (tidy(f"{opening} {text}") for opening, (text, _) in zip(openings, written))
+        return [question for question in asked if question]
 
     def everyday(self, count: int, path: tuple[int, ...]) -> list[str]:
         """Requests that the model itself writes when its template is opened at the user's turn."""
@@ -278,7 +301,8 @@ def normal(question: str) -> str:
 
 
 def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...]) -> list[tuple[str, str]]:
-    """(kind, request) for a system prompt: about its subject (the template opened after the prompt), and everyday."""
+    """(kind, request) for a system prompt: about its subject (the template opened after the prompt), everyday,
+    and in the form of questions on what everybody knows."""
     asked: list[tuple[str, str]] = []
     before = writer.collator.encode(
         {"messages": [{"role": "system", "content": prompt}, {"role": "user", "content": "Zebrafish"}]}
@@ -287,8 +311,8 @@ def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...
     written = writer.write([opening] * count, (*path, 1), most=40, temperature=1.0)
     on_topic = (tidy_request(text) for text, ended in written if ended)
     asked += [("on topic", text) for text in on_topic if text]
-    asked += [("everyday", text) for text in writer.everyday(count, (*path, 2))]
-    return asked
+    asked += [("everyday", text) for text in writer.everyday(count // 2, (*path, 2))]
+    return asked + [("common", text) for text in writer.common(count // 2, (*path, 3))]
 
 
 def tidy_request(text: str) -> str:

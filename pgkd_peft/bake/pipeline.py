@@ -200,7 +200,10 @@ class Asking:
         self, kind: str, tasks: Sequence[Task], path: tuple[int, ...], questions: Sequence[Question]
     ) -> list[dict[str, Any]]:
         if kind == "anchors":
-            return [{"question": text, "kind": "everyday"} for text in self.base.everyday(ANCHORS_A_CALL, path)]
+            half = ANCHORS_A_CALL // 2
+            everyday = [("everyday", text) for text in self.base.everyday(half, (*path, 0))]
+            common = [("common", text) for text in self.base.common(half, (*path, 1))]
+            return [{"question": text, "kind": topic} for topic, text in everyday + common]
         if kind == "requests":
             prompt = self.passages[0]
             found = ask.for_prompt(prompt.text, self.base, ANCHORS_A_CALL, path)

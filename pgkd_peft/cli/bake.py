@@ -446,6 +446,8 @@ def learning_rate(flags: list[str]) -> float:
 
 def steps_that_fit(flags: list[str], folder: Path, rows: int, budget: pipeline.Budget, console: Any) -> int:
     """Enough steps for the rows; under ``--minutes`` as many as a measured step leaves time for."""
+    from transformers import TrainerCallback
+
     from .train import run_training
 
     data, model_args, config = parse_train(flags, prog="pgkd bake")
@@ -454,16 +456,21 @@ def steps_that_fit(flags: list[str], folder: Path, rows: int, budget: pipeline.B
     if budget.seconds is None:
         return wanted
     probe = folder / ".probe"
-    quick = ["--output_dir", str(probe), "--max_steps", "4", "--save_strategy", "no", "--overwrite", "true"]
+    quick = ["--output_dir", str(probe), "--max_steps", "6", "--save_strategy", "no", "--overwrite", "true"]
     quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0"]
     data, model_args, config = parse_train([*flags, *quick, "--disable_tqdm", "true"], prog="pgkd bake")
-    before = budget.spent
+    before, ends = budget.spent, []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ends.append(budget.spent)
+
     try:
-        trainer, _ = run_training(data, model_args, config)
-        step = trainer.state.log_history[-1]["train_runtime"] / 4
+        run_training(data, model_args, config, [Clock()])
     finally:
         shutil.rmtree(probe, ignore_errors=True)
-    load = budget.spent - before - 4 * step
+    step = (ends[-1] - ends[0]) / (len(ends) - 1)  # the first one warms up
+    load = ends[0] - before
     left = SHARE_OF_TRAINING * budget.seconds - budget.spent - load
     fits = max(1, int(left / step))
     steps = min(wanted, fits)
