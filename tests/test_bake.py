@@ -497,7 +497,7 @@ def test_a_template_that_hides_the_user_s_turn_has_no_opening(make_trainer):
 
 def test_a_training_that_is_slower_than_measured_ends_in_time(base, server, tmp_path, capsys, monkeypatch):
     """The clock runs out while training: what there is then is judged and kept."""
-    from pgkd_peft.cli import bake as command
+    from pgkd_peft.cli import bake_training as command
 
     monkeypatch.setattr(command, "steps_that_fit", lambda *args: 4)
     monkeypatch.setattr(command, "SHARE_OF_TRAINING", 0.0)
@@ -533,3 +533,11 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, caplog):
     assert [name for name, _ in read.documents([str(tmp_path)])] == ["a.md", str(Path("sub", "a.md"))]
     assert "sub/table.xlsx" in caplog.text
     assert "a.md," not in caplog.text
+
+
+def test_html_is_read_with_its_headings(tmp_path):
+    pytest.importorskip("markitdown")
+    page = tmp_path / "a.html"
+    page.write_text("<html><body><h1>Harbour</h1><p>The lighthouse at Ammersby is violet.</p></body></html>")
+    (passage,) = split_documents(read.documents([str(page)]))
+    assert (passage.headings, passage.text) == (("Harbour",), "The lighthouse at Ammersby is violet.")

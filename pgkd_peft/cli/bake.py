@@ -14,21 +14,18 @@ from typing import TYPE_CHECKING, Any
 from ..bake import pipeline, read
 from ..bake.split import MOST_WORDS, Passage, split_documents
 from ..errors import ConfigError, DataError
-from ..run.checkpoint import checkpoints
 from ..run.folder import (
-    ADAPTER_CONFIG,
     ADAPTER_FILE,
     ASKED_FILE,
     BAKE_FILE,
-    BAKE_HELDOUT_FILE,
     BAKE_NEUTRAL_FILE,
-    BAKE_TRAIN_FILE,
     COVERAGE_FILE,
     QUESTIONS_FILE,
     RUN_FILE,
 )
 from ..run.jsonl import read_json, write_json
 from .arguments import Parser, parse_train, read_recipe
+from .bake_training import train_and_judge
 
 if TYPE_CHECKING:
     from ..bake.keep import Keeper
@@ -52,12 +49,6 @@ SETTINGS: dict[str, Any] = {
     "logging_steps": 5,
     "report_to": "none",
 }
-EPOCHS = 4.0
-LEAST_STEPS = 100
-# The rule's rate is one for a whole run; this one falls to zero and so begins higher. At a width of 576 that is the
-# 2e-3 which the facts recipe found by hand.
-RATE_FACTOR = 1.5
-SHARE_OF_TRAINING = 0.9  # of --minutes: after it there is only judging
 
 
 @dataclass
@@ -213,7 +204,7 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
     if args.dry_run:
         console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
         return 0
-    train_and_judge(args, train_flags, passages, (questions, keeper), folder, begun, budget, console)
+    train_and_judge(train_flags, passages, (questions, keeper), folder, begun, budget, console)
     return 0
 
 
@@ -356,131 +347,6 @@ def check_context(name: str, collator: Any, passages: Sequence[Passage], config:
             )
 
 
-def train_and_judge(
-    args: BakeArguments,
-    train_flags: list[str],
-    passages: Sequence[Passage],
-    written: tuple[Sequence[Question], Keeper],
-    folder: Path,
-    state: dict[str, Any],
-    budget: pipeline.Budget,
-    console: Any,
-) -> None:
-    """Rows -> training -> what was taken over, in nats, by passage, and what moved elsewhere."""
-    from ..bake import coverage
-    from ..evaluation.answers import measure_drift
-    from ..view.report import write_report
-    from .judge import judge
-    from .train import run_training
-
-    questions, keeper = written
-    train_rows, held_out, neutral = pipeline.rows_of(questions, keeper)
-    for file, rows in ((BAKE_TRAIN_FILE, train_rows), (BAKE_HELDOUT_FILE, held_out), (BAKE_NEUTRAL_FILE, neutral)):
-        pipeline.write_rows(folder / file, rows)
-    flags = [*train_flags, "--dataset_name", str(folder / BAKE_TRAIN_FILE)]
-    flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
-    flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
-    given = {flag[2:].split("=")[0] for flag in train_flags if flag.startswith("--")}
-    if "learning_rate" not in given:
-        flags += ["--learning_rate", str(learning_rate(flags))]
-    if not given & {"max_steps", "num_train_epochs"}:
-        if "max_steps" not in state:
-            state["max_steps"] = steps_that_fit(flags, folder, len(train_rows), budget, console)
-            write_json(folder / BAKE_FILE, state)
-        flags += ["--max_steps", str(state["max_steps"])]
-    if checkpoints(folder) and not any(flag in given for flag in ("resume", "overwrite")):
-        flags += ["--resume", "true"]
-    elif (folder / RUN_FILE).is_file():
-        flags += ["--overwrite", "true"]
-    data, model_args, config = parse_train(flags, prog="pgkd bake")
-    trainer, held_out_rows = run_training(data, model_args, config, [deadline(budget, console)])
-    if not trainer.is_world_process_zero():
-        return
-    if held_out_rows is not None:
-        judge(trainer, held_out_rows, data)
-    privileged = {passage.number: passage.privileged for passage in passages}
-    found = coverage.measure(
-        trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=config.max_new_tokens
-    )
-    coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})
-    if neutral:
-        drift = measure_drift(trainer.model, trainer.contexts, neutral)
-        state["drift"] = drift.kl
-        console.print(
-            f"drift on {drift.prompts} held-out everyday requests: {drift.kl:.4f} nats/token KL(base || student)"
-        )
-    rest = coverage.pale(found)
-    write_json(folder / BAKE_FILE, {**state, "seconds": round(budget.spent, 1), "pale": rest})
-    if rest:
-        console.print(f"{len(rest)} of {len(passages)} passages were hardly taken over: --more asks about them again")
-    console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)
-    console.print(f"Next: pgkd chat {folder} --privileged_file TEXT    pgkd merge {folder} --out {folder}-merged")
-
-
-def deadline(budget: pipeline.Budget, console: Any) -> Any:
-    """Ends the training when the share of ``--minutes`` that it has is used up, whatever was measured before."""
-    from transformers import TrainerCallback
-
-    class Deadline(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if budget.is_over(SHARE_OF_TRAINING) and state.global_step < state.max_steps:
-                control.should_training_stop = True
-                console.print(f"the time is up: stopped after step {state.global_step} of {state.max_steps}")
-
-    return Deadline()
-
-
-def learning_rate(flags: list[str]) -> float:
-    """The rule for a LoRA of this width (:func:`~pgkd_peft.model.rates.lora_learning_rate`), as the peak of a fall."""
-    from transformers import AutoConfig
-
-    from ..model.rates import lora_learning_rate
-
-    _, model_args, config = parse_train(flags, prog="pgkd bake")
-    name = str(model_args.model_name_or_path)
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        name = str(read_json(Path(name) / ADAPTER_CONFIG)["base_model_name_or_path"])
-    width = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config().hidden_size
-    return float(f"{RATE_FACTOR * lora_learning_rate(width):.3g}")
-
-
-def steps_that_fit(flags: list[str], folder: Path, rows: int, budget: pipeline.Budget, console: Any) -> int:
-    """Enough steps for the rows; under ``--minutes`` as many as a measured step leaves time for."""
-    from transformers import TrainerCallback
-
-    from .train import run_training
-
-    data, model_args, config = parse_train(flags, prog="pgkd bake")
-    window = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    wanted = max(LEAST_STEPS, round(EPOCHS * rows / window))
-    if budget.seconds is None:
-        return wanted
-    probe = folder / ".probe"
-    quick = ["--output_dir", str(probe), "--max_steps", "6", "--save_strategy", "no", "--overwrite", "true"]
-    quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0"]
-    data, model_args, config = parse_train([*flags, *quick, "--disable_tqdm", "true"], prog="pgkd bake")
-    before, ends = budget.spent, []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            ends.append(budget.spent)
-
-    try:
-        run_training(data, model_args, config, [Clock()])
-    finally:
-        shutil.rmtree(probe, ignore_errors=True)
-    step = (ends[-1] - ends[0]) / (len(ends) - 1)  # the first one warms up
-    load = ends[0] - before
-    left = SHARE_OF_TRAINING * budget.seconds - budget.spent - load
-    fits = max(1, int(left / step))
-    steps = min(wanted, fits)
-    console.print(
-        f"a step takes {step:.1f} s; {max(0.0, left):.0f} s are left for training: {steps} of {wanted} steps",
-        highlight=False,
-    )
-    return steps
-
-
 def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], folder: Path) -> int:
     """Ask about the pale passages with openings not used yet, and train on from the adapter, in ``more/``."""
     from rich.console import Console
@@ -511,5 +377,5 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
     kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
     flags += ["--model_name_or_path", str(folder)]
     state = read_json(target / BAKE_FILE) or {"kind": read_json(folder / BAKE_FILE).get("kind")}
-    train_and_judge(args, flags, passages, ([*kept, *questions], keeper), target, state, budget, console)
+    train_and_judge(flags, passages, ([*kept, *questions], keeper), target, state, budget, console)
     return 0
