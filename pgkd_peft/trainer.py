@@ -390,10 +390,10 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         refuse_sharding(self.accelerator)
         if args.disable_dropout:
             zero_dropout(student)
-        check_model(student, tokenizer)
+        check_model(student, tokenizer, writes=args.lmbda > 0 or (args.seq_kd and separate is None))
         if separate is not None:
             zero_dropout(separate)
-            check_model(separate, tokenizer)
+            check_model(separate, tokenizer, writes=args.seq_kd or args.teacher_takeover is not None)
         if long_rope := warn_of_long_rope(base_of(student).config):
             logger.warning(long_rope)
         self.teacher = teacher

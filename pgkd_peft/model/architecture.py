@@ -17,11 +17,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
+from ..trl_compat import names_of_fused_experts
 
 _LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 # PEFT refuses out_proj in these, in which some kernels read its weight without calling it.
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _ROUTERS = {"router", "gate"}
+# Phi-MoE's router compares its scores with this number, in evaluation as well.
+_NOT_NOISE = {"router_jitter_noise"}
 # Modules that 4 bits break: gemma3n clamps the weights of altup in place.
 NOT_QUANTIZED = {"gemma3n": ["altup"], "gemma3n_text": ["altup"]}
 
@@ -47,9 +50,10 @@ def backbone_of(base: PreTrainedModel) -> nn.Module:
 
 
 def zero_dropout(model: nn.Module) -> list[str]:
-    """Switch off the dropout that is kept as a number (``self.attention_dropout = 0.1``), in modules and in configs.
+    """Switch off the noise of training that is kept as a number, in modules and in configs: dropout
+    (``self.attention_dropout = 0.1``) and the jitter of routers.
 
-    LoRA's own is left alone: it is a module. Returns what was changed.
+    LoRA's own dropout is left alone: it is a module. Returns what was changed.
     """
     changed = []
     for module_name, module in model.named_modules():
@@ -58,7 +62,8 @@ def zero_dropout(model: nn.Module) -> list[str]:
                 continue
             for holder in _with_sub_configs(owner):
                 for name, value in list(vars(holder).items()):
-                    if "drop" in name and type(value) is float and value > 0 and "lora" not in name:
+                    noise = "drop" in name or ("jitter" in name and name not in _NOT_NOISE)
+                    if noise and type(value) is float and value > 0 and "lora" not in name:
                         setattr(holder, name, 0.0)
                         changed.append(f"{where}.{name}".strip("."))
     return changed
@@ -84,12 +89,15 @@ def lora_targets(model: PreTrainedModel) -> tuple[str | list[str], list[str]]:
     text = {id(module) for module in backbone_of(model).get_decoder().modules()} if _has_decoder(model) else None
     parents = dict(model.named_modules())
     targets, left_out, reasons = [], [], set()
+    fused = names_of_fused_experts(model)
     for name, module in parents.items():
         if not isinstance(module, _LINEAR) or id(module) in heads:
             continue
         reason = _why_not(name, module, parents, model.config.model_type)
         if text is not None and id(module) not in text:
             reason = "vision, audio and projection towers (no text passes them)"
+        elif reason is None and name.rpartition(".")[2] in fused:
+            reason = "dense and shared MLPs (PEFT takes their names for the fused experts')"
         if reason:
             reasons.add(reason)
             left_out.append(name)
