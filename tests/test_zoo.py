@@ -16,6 +16,7 @@ from tiny import byte_tokenizer, save_tiny, tiny_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Mistral3Config, Mistral3ForConditionalGeneration
 
 from pgkd_peft import conformance
+from pgkd_peft.engines.merged import MergedCopy, choose_engine
 from pgkd_peft.errors import ConfigError, ModelError
 from pgkd_peft.model.architecture import lora_targets, zero_dropout
 from pgkd_peft.model.load import attach_lora, load_base
@@ -100,6 +101,45 @@ def test_padding_that_leaks_is_refused_by_name(monkeypatch):
     model.get_base_model().config.model_type = "brand_new"
     with pytest.raises(ModelError, match=r"'brand_new'.*padding leaks"):
         conformance.check_model(model, byte_tokenizer())
+
+
+def test_rollouts_that_go_wrong_are_refused_by_name(monkeypatch):
+    model = student(tiny_model("llama"))
+    model.get_base_model().config.model_type = "brand_new"
+    real = conformance.select_rows
+    monkeypatch.setattr(conformance, "select_rows", lambda cache, rows: real(cache, torch.zeros_like(rows)))
+    with pytest.raises(ModelError, match=r"'brand_new'.*\(rollouts\)"):
+        conformance.check_model(model, byte_tokenizer())
+    conformance.check_model(model, byte_tokenizer(), writes=False)
+
+    def crash(*args):
+        raise AttributeError("'OwnCache' object has no attribute 'reorder_cache'")
+
+    monkeypatch.setattr(conformance, "select_rows", crash)
+    with pytest.raises(ModelError, match=r"'brand_new'\) cannot be trained here: .*'OwnCache'"):
+        conformance.check_model(model, byte_tokenizer())
+
+
+def test_jitter_of_routers_is_switched_off_and_sampling_of_experts_is_refused():
+    mixtral = student(zoo.zoo_model("mixtral"))
+    with pytest.raises(ModelError, match=r"'mixtral'.*training mode"):
+        conformance.check_model(mixtral, byte_tokenizer(), always=True)
+    assert any("jitter_noise" in name for name in zero_dropout(mixtral))
+    conformance.check_model(mixtral, byte_tokenizer(), always=True)
+    phimoe = student(zoo.zoo_model("phimoe"))
+    assert not any("router_jitter_noise" in name for name in zero_dropout(phimoe))  # evaluation uses it too
+    with pytest.raises(ModelError, match=r"'phimoe'.*training mode"):
+        conformance.check_model(phimoe, byte_tokenizer(), always=True)
+
+
+def test_a_merged_copy_of_layers_the_other_way_round():
+    """GPT-2's Conv1D holds (in, out)."""
+    model = perturb(student(zoo.zoo_model("gpt2")))
+    assert choose_engine(model, "auto")[0] == "merged"
+    ids = torch.tensor([[9, 8, 7, 6]])
+    with torch.no_grad():
+        wanted, found = model.eval()(input_ids=ids).logits, MergedCopy(model, torch.float32).refresh()(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_the_check_leaves_the_model_and_the_random_numbers_as_they_were():

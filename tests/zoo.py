@@ -114,7 +114,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "jais2": {},
     "nanochat": {},
     "cwm": WINDOWS,
-    "diffllama": {},
+    "diffllama": {"attention_dropout": 0.0},  # it has no other
     "doge": {},
     "bitnet": {},
     "minicpm3": MLA,
@@ -199,14 +199,17 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "chunk_size": 16,
         "moe_shared_expert_intermediate_size": 64,
     },
-    "zamba2": {"num_hidden_layers": 4, "mamba_d_state": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 16},
+    "zamba2": {
+        **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_mem_blocks": 1},
+        **{"mamba_d_state": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 16, "adapter_rank": 8},
+    },
     "mamba": {"state_size": 16},
     "mamba2": MAMBA2,
     "falcon_mamba": {"state_size": 16},
     "jamba": {**EXPERTS, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"lru_width": 64, "attention_window_size": 16, "num_hidden_layers": 3},
     "rwkv": {"attention_hidden_size": 64},
-    "xlstm": {"num_heads": 4, "chunkwise_kernel": "chunkwise--native_autograd", "mode": "train", "chunk_size": 16},
+    "xlstm": {"num_heads": 4, "chunk_size": 16, "mode": "inference"},
 }
 # Published with towers for images or sound, of which training uses the text model alone.
 WITH_TOWERS: dict[str, dict[str, Any]] = {
@@ -256,6 +259,8 @@ def zoo_config(name: str) -> transformers.PreTrainedConfig:
     config = kind(**settings)
     text = config.get_text_config()
     for key, value in vars(text).items():
+        if key in settings:
+            continue
         if any(part in key for part in NOISE) and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(text, key, 0.1)
     return config

@@ -25,8 +25,17 @@ _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _ROUTERS = {"router", "gate"}
 # Phi-MoE's router compares its scores with this number, in evaluation as well.
 _NOT_NOISE = {"router_jitter_noise"}
-# Modules that 4 bits break: gemma3n clamps the weights of altup in place.
-NOT_QUANTIZED = {"gemma3n": ["altup"], "gemma3n_text": ["altup"]}
+# Modules whose weight the model reads without calling them: gemma3n clamps altup's in place, Mamba's kernels take theirs.
+NOT_QUANTIZED = {
+    "gemma3n": ["altup"],
+    "gemma3n_text": ["altup"],
+    "mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
+    "falcon_mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
+    "jamba": ["mamba.dt_proj"],
+    "mamba2": ["mixer.out_proj"],
+    "nemotron_h": ["mixer.out_proj"],
+    "falcon_h1": ["mamba.out_proj"],
+}
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -125,9 +134,9 @@ def _why_not(name: str, module: nn.Module, parents: dict[str, nn.Module], model_
         return "experts (one LoRA each would be too many parameters)"
     if "altup" in parts:
         return "altup (it does not train)"
-    mamba_block = "Mamba" in type(owner).__name__ and parts[-1] in ("out_proj", "dt_proj")
+    mamba_block = "Mamba" in type(owner).__name__ and parts[-1] in ("out_proj", "dt_proj", "x_proj")
     if mamba_block or (model_type in _MAMBA_TYPES and parts[-1] == "out_proj"):
-        return "out_proj and dt_proj of Mamba blocks (the fused kernel bypasses their LoRA)"
+        return "out_proj, dt_proj and x_proj of Mamba blocks (the fused kernel bypasses their LoRA)"
     return None
 
 
