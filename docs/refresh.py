@@ -212,6 +212,8 @@ def _architecture(line: dict) -> str:
         remarks.append(f"prompts are not shared: {line['own prompts']}")
     if (said := checks.get("merged", "ok")) != "ok":
         remarks.append(f"rollouts by the adapter engine alone: {said.removeprefix('not offered: ')}")
+    if checks.get("peft", "ok") != "ok":
+        remarks.append("PEFT alone loads this adapter wrongly: merge it, or load it with pgkd")
     if line.get("left out"):
         remarks.append("no LoRA on " + "; ".join(line["left out"]))
     shares = [f"{line[name]:.0%}" if name in line else "" for name in ("adapted", "nf4")]

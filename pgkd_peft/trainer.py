@@ -354,6 +354,9 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             check_same_vocabulary(student, separate, tokenizer, teacher_tokenizer(teacher_model, args))
         for each in (student, separate) if separate is not None else (student,):
             add_hidden_states_forward(base_of(each))
+        if args.gradient_checkpointing and not base_of(student).supports_gradient_checkpointing:
+            args.gradient_checkpointing = False
+            loaded += f"; {type(base_of(student)).__name__} offers no gradient checkpointing, which is off"
         teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
         self.head = Head(student)
         self.teacher_head = self.head if separate is None else Head(separate)

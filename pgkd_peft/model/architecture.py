@@ -19,13 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError
 from ..trl_compat import names_of_fused_experts
 
-_LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+# Layers that are a product with their weight and nothing else.
+LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 # PEFT refuses out_proj in these, in which some kernels read its weight without calling it.
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _ROUTERS = {"router", "gate"}
 # Phi-MoE's router compares its scores with this number, in evaluation as well.
 _NOT_NOISE = {"router_jitter_noise"}
-# Modules whose weight the model reads without calling them: gemma3n clamps altup's in place, Mamba's kernels take theirs.
+# Modules whose weight the model reads without calling them: gemma3n clamps altup's in place, Mamba's kernels take some.
 NOT_QUANTIZED = {
     "gemma3n": ["altup"],
     "gemma3n_text": ["altup"],
@@ -100,7 +101,7 @@ def lora_targets(model: PreTrainedModel) -> tuple[str | list[str], list[str]]:
     targets, left_out, reasons = [], [], set()
     fused = names_of_fused_experts(model)
     for name, module in parents.items():
-        if not isinstance(module, _LINEAR) or id(module) in heads:
+        if not isinstance(module, LINEAR) or id(module) in heads:
             continue
         reason = _why_not(name, module, parents, model.config.model_type)
         if text is not None and id(module) not in text:
@@ -128,7 +129,7 @@ def _has_decoder(model: PreTrainedModel) -> bool:
 def _why_not(name: str, module: nn.Module, parents: dict[str, nn.Module], model_type: str) -> str | None:
     parts = name.split(".")
     owner = parents[name.rpartition(".")[0]]
-    if type(module) not in _LINEAR or _ROUTERS & set(parts[-2:]) or getattr(module, "out_features", 0) == 1:
+    if not is_linear(module) or _ROUTERS & set(parts[-2:]) or getattr(module, "out_features", 0) == 1:
         return "routers and gates"
     if "experts" in parts:
         return "experts (one LoRA each would be too many parameters)"
@@ -144,6 +145,12 @@ def _shortest(targets: list[str], left_out: list[str], modules: dict[str, nn.Mod
     """Last names where they match no module that is left out (PEFT matches endings), full names otherwise."""
     taken = {name.rpartition(".")[2] for name in modules if name not in set(targets)}
     return sorted({leaf if (leaf := name.rpartition(".")[2]) not in taken else name for name in targets})
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a product with its weight, and nothing else: not so the routers that are subclasses of Linear
+    (Llama 4, Phi-MoE). Falcon's adds its bias in another way, and no more."""
+    return type(module) in LINEAR or type(module).__name__ == "FalconLinear"
 
 
 def fused_experts(model: nn.Module) -> list[nn.Parameter]:
