@@ -2,7 +2,8 @@
 the notebook's stored outputs.
 
     python docs/refresh.py api            docstrings -> api.md (a test checks that it is up to date)
-    python docs/refresh.py architectures  results of `make zoo` -> the table in architectures.md (checked as well)
+    python docs/refresh.py architectures  results of `make zoo` -> the tables in architectures.md, and TESTED in
+                                          pgkd_peft/conformance.py (checked as well)
     python docs/refresh.py walkthrough    runs the walkthrough's commands in a fresh clone, and stores what they print
     python docs/refresh.py notebook       runs the notebook with its own settings, and stores its outputs
 
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 API = ROOT / "docs" / "api.md"
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 ARCHITECTURES = ROOT / "docs" / "architectures.md"
+CONFORMANCE = ROOT / "pgkd_peft" / "conformance.py"
 ZOO = ROOT / "tests" / "benchmarks" / "results" / "zoo.jsonl"
 NOTEBOOK = ROOT / "examples" / "privileged_gkd_colab.ipynb"
 
@@ -201,6 +203,15 @@ def architectures(text: str) -> str:
     return re.sub(r"^\d+ architectures: .*$", counts, text, flags=re.M)
 
 
+def tested(source: str) -> str:
+    """The source of conformance.py with the model types that are green."""
+    lines = [json.loads(line) for line in ZOO.read_text(encoding="utf-8").splitlines()]
+    green = sorted({line["model_type"] for line in lines if line["result"] == "green"})
+    filled = textwrap.fill(" ".join(green), 110, break_long_words=False, break_on_hyphens=False)
+    block = 'TESTED = frozenset(\n    """\n' + textwrap.indent(filled, "    ") + '\n    """.split()\n)\n'
+    return re.sub(r"TESTED = frozenset\(\n.*?^\)\n", block, source, flags=re.S | re.M)
+
+
 def _architecture(line: dict) -> str:
     """One row: what is right, what is not offered, what is refused and why."""
     checks, remarks = line["checks"], []
@@ -310,6 +321,7 @@ def main(what: str) -> None:
         API.write_text(api_markdown(), encoding="utf-8")
     elif what == "architectures":
         ARCHITECTURES.write_text(architectures(ARCHITECTURES.read_text(encoding="utf-8")), encoding="utf-8")
+        CONFORMANCE.write_text(tested(CONFORMANCE.read_text(encoding="utf-8")), encoding="utf-8")
     elif what == "walkthrough":
         WALKTHROUGH.write_text(walkthrough(WALKTHROUGH.read_text(encoding="utf-8")), encoding="utf-8")
     elif what == "notebook":

@@ -250,7 +250,7 @@ class Checked:
         student, prompts = self.trainer.model, [row.prompt for row in some_rows()]
         if engine == "merged" and (reason := not_mergeable(student)):
             return f"not offered: {reason}"
-        stops = set(range(6, 260, 9))
+        stops = set(range(6, 260, 4))
         settings = {"max_new_tokens": NEW, "stop_ids": sorted(stops), "pad_id": 0, "temperature": 1.0, "copies": 2}
         if engine == "merged":
             found = generate(MergedCopy(student, torch.float32).refresh(), prompts, seed=3, **settings)
@@ -261,7 +261,7 @@ class Checked:
         wanted = self.wanted = self.wanted or [
             plain_rollout(self.student_plain, prompts[i // 2], uniforms[i], stops) for i in range(2 * len(prompts))
         ]
-        assert len({len(one) for one in wanted}) > 2, "all rows end together"
+        assert len({len(one) for one in wanted}) > 1, "all rows end together"
         assert found == wanted, f"rollouts differ in {sum(f != w for f, w in zip(found, wanted))} of {len(wanted)} rows"
         return None
 
