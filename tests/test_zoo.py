@@ -39,10 +39,10 @@ def test_zoo(name, tmp_path):
 
 
 def test_each_architecture_is_green_or_refused_by_name():
-    assert list(LINES) == list(zoo.ALL)
+    assert list(LINES) == list(zoo.ALL), "make zoo has not been run"
     for name, line in LINES.items():
         if line["result"] == "refused":
-            assert "cannot be trained here: " in line["checks"]["start"], name
+            assert name in line["checks"]["start"]
         else:
             assert line["result"] == "green", f"{name}: {line['checks']}"
 

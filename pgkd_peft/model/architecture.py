@@ -26,10 +26,10 @@ _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _ROUTERS = {"router", "gate"}
 # Phi-MoE's router compares its scores with this number, in evaluation as well.
 _NOT_NOISE = {"router_jitter_noise"}
-# Modules whose weight the model reads without calling them: gemma3n clamps altup's in place, Mamba's kernels take some.
+# Modules (Transformers' patterns) whose weight the model reads without calling them: gemma3n clamps altup's in place, Mamba's kernels take some.
 NOT_QUANTIZED = {
-    "gemma3n": ["altup"],
-    "gemma3n_text": ["altup"],
+    "gemma3n": [r".*\.altup"],
+    "gemma3n_text": [r".*\.altup"],
     "mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
     "falcon_mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
     "jamba": ["mamba.dt_proj"],
