@@ -355,7 +355,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         for each in (student, separate) if separate is not None else (student,):
             add_hidden_states_forward(base_of(each))
         if args.gradient_checkpointing and not base_of(student).supports_gradient_checkpointing:
-            args.gradient_checkpointing = False
+            args.gradient_checkpointing = args.activation_checkpointing = False  # the old name and the new
             loaded += f"; {type(base_of(student)).__name__} offers no gradient checkpointing, which is off"
         teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
         self.head = Head(student)
