@@ -26,8 +26,8 @@ _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _ROUTERS = {"router", "gate"}
 # Phi-MoE's router compares its scores with this number, in evaluation as well.
 _NOT_NOISE = {"router_jitter_noise"}
-# Modules, as Transformers' patterns, whose weight the model reads without calling them: gemma3n clamps altup's in place,
-# Mamba's kernels take some.
+# Modules, as patterns of Transformers, whose weight the model reads without calling them: gemma3n clamps altup's in
+# place, Mamba's kernels take some.
 NOT_QUANTIZED = {
     "gemma3n": [r".*\.altup"],
     "gemma3n_text": [r".*\.altup"],
