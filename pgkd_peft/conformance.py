@@ -30,7 +30,7 @@ TEXTS = ("The quick brown fox jumps over the lazy dog.", "One, two, three: what 
 # Mean KL in nats that rounding may explain: of float32, and of 16 bits with or without 4-bit weights.
 TOLERANCE = {torch.float32: 1e-4}
 TOLERANCE_16 = 0.05
-TOLERANCE_AGAIN = 1e-3  # of one batch read twice
+TOLERANCE_AGAIN = 3e-3  # of one batch read twice in 16 bits (atomic sums on a GPU); dropout of 0.1 makes 0.01 and more
 
 
 @torch.no_grad()
