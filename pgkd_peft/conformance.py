@@ -20,11 +20,46 @@ from .scoring import score_teacher
 
 # Model types whose rows, dropout and padding the conformance suite has compared with plain forwards.
 TESTED = frozenset(
-    """
-    bamba deepseek_v3 ernie4_5_moe falcon falcon_h1 gemma3 gemma3_text gemma4_text gpt2 gpt_oss granitemoehybrid
-    laguna lfm2 lfm2_moe llama4_text mamba2 mistral3 mixtral nemotron_h olmo_hybrid opt phi3 qwen3 qwen3_5_text
-    qwen3_moe qwen3_next
-    """.split()
+    [
+        "bamba",
+        "biogpt",
+        "bloom",
+        "deepseek_v3",
+        "ernie4_5_moe",
+        "falcon",
+        "falcon_h1",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma4_text",
+        "gpt2",
+        "gpt_oss",
+        "granitemoehybrid",
+        "jetmoe",
+        "laguna",
+        "lfm2",
+        "lfm2_moe",
+        "lfm2_vl",
+        "llama",
+        "llama4_text",
+        "mamba2",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mistral3",
+        "mixtral",
+        "nemotron_h",
+        "olmo_hybrid",
+        "olmoe",
+        "opt",
+        "phi3",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "qwen3_next",
+    ]
 )
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "One, two, three: what comes next in this row of numbers?")
 # Mean KL in nats that rounding may explain: of float32, and of 16 bits with or without 4-bit weights.
