@@ -21,8 +21,9 @@ demo: install  ## train on a real 135M model; shows base / teacher with PI / stu
 test: install
 	$(BIN)/python -m pytest
 
-zoo: install  ## every architecture as a tiny model; writes docs/architectures.md (some ten minutes)
-	$(BIN)/python -W ignore tests/zoo.py
+zoo: install  ## every architecture as a tiny model; writes tests/benchmarks/results/zoo.jsonl and docs/architectures.md
+	$(BIN)/python -W ignore tests/zoo_checks.py
+	$(BIN)/python docs/refresh.py architectures
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
-"""Makes what is made by program: docs/api.md, the outputs in docs/walkthrough.md, the notebook's stored outputs.
+"""Makes what is made by program: docs/api.md, the table in docs/architectures.md, the outputs in docs/walkthrough.md,
+the notebook's stored outputs.
 
     python docs/refresh.py api            docstrings -> api.md (a test checks that it is up to date)
+    python docs/refresh.py architectures  results of `make zoo` -> the tables in architectures.md, and TESTED in
+                                          pgkd_peft/conformance.py (checked as well)
     python docs/refresh.py walkthrough    runs the walkthrough's commands in a fresh clone, and stores what they print
     python docs/refresh.py notebook       runs the notebook with its own settings, and stores its outputs
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -23,6 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 API = ROOT / "docs" / "api.md"
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
+ARCHITECTURES = ROOT / "docs" / "architectures.md"
+CONFORMANCE = ROOT / "pgkd_peft" / "conformance.py"
+ZOO = ROOT / "tests" / "benchmarks" / "results" / "zoo.jsonl"
 NOTEBOOK = ROOT / "examples" / "privileged_gkd_colab.ipynb"
 
 # What a user's own program calls, by module. Everything else is how it is done.
@@ -177,6 +184,54 @@ def _inline(text: str) -> str:
     return re.sub(r"``([^`]+)``", r"`\1`", text)
 
 
+# ---- architectures.md ----------------------------------------------------------------------------------------------
+
+
+def architectures(text: str) -> str:
+    """The page with its tables made anew, one for each kind of architecture."""
+    lines = [json.loads(line) for line in ZOO.read_text(encoding="utf-8").splitlines()]
+
+    def table(match: re.Match[str]) -> str:
+        rows = [_architecture(line) for line in lines if line["kind"] == match[1]]
+        head = ["| model_type | result | LoRA on | in 4 bits | remarks |", "|---|---|---|---|---|"]
+        return f"<!-- {match[1]} -->\n" + "\n".join([*head, *rows]) + "\n<!-- end -->"
+
+    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
+    versions = ", ".join(f"{name} {version}" for name, version in lines[-1]["versions"].items())
+    greens, refused = (sum(line["result"] == kind for line in lines) for kind in ("green", "refused"))
+    counts = f"{len(lines)} architectures: {greens} green, {refused} refused by name ({versions})."
+    return re.sub(r"^\d+ architectures: .*$", counts, text, flags=re.M)
+
+
+def tested(source: str) -> str:
+    """The source of conformance.py with the model types that are green."""
+    lines = [json.loads(line) for line in ZOO.read_text(encoding="utf-8").splitlines()]
+    green = sorted({line["model_type"] for line in lines if line["result"] == "green"})
+    block = "TESTED = frozenset(\n    [\n" + "".join(f'        "{name}",\n' for name in green) + "    ]\n)\n"
+    return re.sub(r"TESTED = frozenset\(\n.*?^\)\n", block, source, flags=re.S | re.M)
+
+
+def _architecture(line: dict) -> str:
+    """One row: what is right, what is not offered, what is refused and why."""
+    checks, remarks = line["checks"], []
+    if line["result"] == "refused":
+        remarks.append(checks["start"].removeprefix("refused: "))
+    if checks.get("start nf4", "ok") != "ok":
+        remarks.append(f"NF4 {checks['start nf4']}")
+    if line.get("own prompts"):
+        remarks.append(f"prompts are not shared: {line['own prompts']}")
+    if (said := checks.get("merged", "ok")) != "ok":
+        remarks.append(f"rollouts by the adapter engine alone: {said.removeprefix('not offered: ')}")
+    if checks.get("peft", "ok") != "ok":
+        remarks.append("PEFT alone loads this adapter wrongly: merge it, or load it with pgkd")
+    if line.get("left out"):
+        remarks.append("no LoRA on " + "; ".join(line["left out"]))
+    shares = [f"{line[name]:.0%}" if name in line else "" for name in ("adapted", "nf4")]
+    return (
+        f"| `{line['name']}` | {line['result']} | {shares[0]} | {shares[1]} | {'. '.join(remarks).replace('|', '/')} |"
+    )
+
+
 # ---- what commands print -------------------------------------------------------------------------------------------
 
 
@@ -263,6 +318,9 @@ def _joined(outputs: list) -> Iterator:
 def main(what: str) -> None:
     if what == "api":
         API.write_text(api_markdown(), encoding="utf-8")
+    elif what == "architectures":
+        ARCHITECTURES.write_text(architectures(ARCHITECTURES.read_text(encoding="utf-8")), encoding="utf-8")
+        CONFORMANCE.write_text(tested(CONFORMANCE.read_text(encoding="utf-8")), encoding="utf-8")
     elif what == "walkthrough":
         WALKTHROUGH.write_text(walkthrough(WALKTHROUGH.read_text(encoding="utf-8")), encoding="utf-8")
     elif what == "notebook":

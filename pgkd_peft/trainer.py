@@ -360,6 +360,9 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             check_same_vocabulary(student, separate, tokenizer, teacher_tokenizer(teacher_model, args))
         for each in (student, separate) if separate is not None else (student,):
             add_hidden_states_forward(base_of(each))
+        if args.gradient_checkpointing and not base_of(student).supports_gradient_checkpointing:
+            args.gradient_checkpointing = args.activation_checkpointing = False  # the old name and the new
+            loaded += f"; {type(base_of(student)).__name__} offers no gradient checkpointing, which is off"
         teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
         self.head = Head(student)
         self.teacher_head = self.head if separate is None else Head(separate)
@@ -397,10 +400,10 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         refuse_sharding(self.accelerator)
         if args.disable_dropout:
             zero_dropout(student)
-        check_model(student, tokenizer)
+        check_model(student, tokenizer, writes=args.lmbda > 0 or (args.seq_kd and separate is None))
         if separate is not None:
             zero_dropout(separate)
-            check_model(separate, tokenizer)
+            check_model(separate, tokenizer, writes=args.seq_kd or args.teacher_takeover is not None)
         if long_rope := warn_of_long_rope(base_of(student).config):
             logger.warning(long_rope)
         self.teacher = teacher

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion as weight_conversion
 from torch import nn
 
 from .errors import ConfigError
@@ -61,7 +62,26 @@ INSIDES = (
     Inside("argparse.ArgumentParser", "_action_groups", "3.11", "the method's own settings stand first in --help"),
     Inside("argparse.ArgumentParser", "_group_actions", "3.11", "the method's own settings stand first in --help"),
     Inside("peft.tuners.lora.LoraLayer", "lora_variant", "0.21.0", "what the merged copy cannot add"),
+    Inside(
+        "peft.utils.transformers_weight_conversion",
+        "_MOE_TARGET_MODULE_MAPPING",
+        "0.21.0",
+        "target names that PEFT takes for fused experts'",
+    ),
+    Inside(
+        "peft.utils.transformers_weight_conversion",
+        "_MODEL_TO_CONVERSION_PATTERN",
+        "0.21.0",
+        "in which model types it does",
+    ),
 )
+
+
+def names_of_fused_experts(model: nn.Module) -> set[str]:
+    """Last names of modules that PEFT, asked for a LoRA on them, puts on the fused experts of this model type instead,
+    and takes away from dense and shared MLPs of the same name."""
+    kind = weight_conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)  # type: ignore[union-attr]
+    return set(weight_conversion._MOE_TARGET_MODULE_MAPPING.get(kind, ()))
 
 
 def log_progress(trainer: Any) -> dict[str, Any]:

@@ -61,6 +61,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     ),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "mistral": ("MistralConfig", WINDOW),
+    "mpt": ("MptConfig", {"d_model": 64, "n_layers": 2, "n_heads": 4}),  # counts places, also those that are padded
     "gpt_oss": (
         "GptOssConfig",
         {
@@ -142,7 +143,7 @@ WITH_STATES = {
     *("qwen3_5", "qwen3_next", "olmo_hybrid", "lfm2", "granitemoehybrid", "falcon_h1", "bamba", "nemotron_h"),
     *("mamba2", "jamba", "recurrent_gemma"),
 }
-NOT_SHARED = {"mamba2", "jamba", "recurrent_gemma"}
+NOT_SHARED = {"mamba2", "jamba", "recurrent_gemma", "mpt"}
 
 
 def build(kind: str) -> torch.nn.Module:

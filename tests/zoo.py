@@ -1,14 +1,14 @@
-"""Tiny random models of the text architectures that people run on one GPU, and what each must pass."""
+"""Tiny random models of the text architectures that people run on one GPU; what each must pass is in zoo_checks.py."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tiny import ROWS, VOCAB, byte_tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -24,6 +24,9 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
+# Windows shorter than the rows.
+WINDOW = {"sliding_window": 16}
+WINDOWS = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -31,6 +34,9 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
 }
+GROUPS = {**EXPERTS, "n_group": 1, "topk_group": 1}
+DENSE_FIRST = {**GROUPS, "first_k_dense_replace": 1}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 64}
 LINEAR_ATTENTION = {
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -41,6 +47,7 @@ LINEAR_ATTENTION = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16}
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 16, "chunk_size": 16}
 MLA = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
@@ -50,91 +57,227 @@ MLA = {
     "num_key_value_heads": 4,
     "head_dim": 8,
 }
-# class prefix -> what its config needs beside COMMON
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+VISION = {**TOWER, "image_size": 28, "patch_size": 14}
+# model_type -> what its config has beside COMMON
 DENSE: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Mistral": {"sliding_window": 16},
-    "Ministral3": {},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma": {},
-    "Gemma2": {"sliding_window": 16, "final_logit_softcapping": 5.0},
-    "Gemma3": {"text": True, "sliding_window": 16},
-    "Phi": {},
-    "Phi3": {"resid_pdrop": 0.1, "attention_dropout": 0.1},
-    "Olmo": {},
-    "Olmo2": {},
-    "Olmo3": {"sliding_window": 16},
-    "SmolLM3": {},
-    "Granite": {"logits_scaling": 2.0},
-    "Glm": {},
-    "Glm4": {},
-    "Cohere": {},
-    "Cohere2": {"sliding_window": 16},
-    "Exaone4": {"sliding_window": 16},
-    "HunYuanDenseV1": {},
-    "Ernie4_5": {},
-    "GPTNeoX": {},
-    "SeedOss": {"residual_dropout": 0.1, "attention_dropout": 0.1},
-    "StableLm": {},
-    "Starcoder2": {},
-    "Nemotron": {},
-    "Helium": {},
-    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024},
-    "OPT": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "MiniCPM3": {**MLA},
-    "Apertus": {},
-    "Arcee": {},
+    "llama": {},
+    "mistral": WINDOW,
+    "ministral": WINDOWS,
+    "ministral3": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {**WINDOWS, "final_logit_softcapping": 5.0},
+    "gemma3_text": WINDOWS,
+    "gemma3n_text": {
+        **WINDOWS,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "activation_sparsity_pattern": None,
+    },
+    "gemma4_text": {
+        **WINDOWS,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "global_head_dim": 16,
+    },
+    "vaultgemma": WINDOWS,
+    "phi": {},
+    "phi3": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": WINDOWS,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "granite_swa": WINDOWS,
+    "glm": {},
+    "glm4": {},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {**WINDOWS, "logit_scale": 0.5},
+    "exaone4": WINDOWS,
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {"logits_scaling": 2.0},
+    "ernie4_5": {},
+    "seed_oss": {},
+    "apertus": {},
+    "arcee": {},
+    "helium": {},
+    "internlm3": {},
+    "jais2": {},
+    "nanochat": {},
+    "cwm": WINDOWS,
+    "diffllama": {"attention_dropout": 0.0},  # it has no other
+    "doge": {},
+    "bitnet": {},
+    "minicpm3": MLA,
+    "youtu": MLA,
+    "modernbert-decoder": {**WINDOWS, "local_attention": 16},
+    "stablelm": {},
+    "starcoder2": WINDOW,
+    "nemotron": {},
+    "persimmon": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
+    "biogpt": {},
 }
 MIXTURES: dict[str, dict[str, Any]] = {
-    "Qwen3Moe": EXPERTS,
-    "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
-    "Mixtral": EXPERTS,
-    "Olmoe": EXPERTS,
-    "GptOss": {**EXPERTS, "sliding_window": 16},
-    "GraniteMoe": EXPERTS,
-    "Phimoe": EXPERTS,
-    "Ernie4_5_Moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
-    "Glm4Moe": {**EXPERTS, "n_group": 1, "topk_group": 1},
-    "Glm4MoeLite": {**EXPERTS, **MLA, "n_group": 1, "topk_group": 1},
-    "DeepseekV3": {**EXPERTS, **MLA, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "Llama4": {**EXPERTS, "text": True, "intermediate_size_mlp": 128},
+    "qwen3_moe": {**EXPERTS, "mlp_only_layers": [0]},
+    "qwen2_moe": SHARED,
+    "mixtral": EXPERTS,
+    "olmoe": EXPERTS,
+    "flex_olmo": EXPERTS,
+    "gpt_oss": {**EXPERTS, **WINDOWS},
+    "granitemoe": EXPERTS,
+    "granitemoeshared": {**EXPERTS, "shared_intermediate_size": 64},
+    "granitemoe_swa": {**EXPERTS, **WINDOWS},
+    "phimoe": EXPERTS,
+    "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
+    "glm4_moe": DENSE_FIRST,
+    "glm4_moe_lite": {**DENSE_FIRST, **MLA},
+    "deepseek_v2": {**DENSE_FIRST, **MLA},
+    "deepseek_v3": {**DENSE_FIRST, **MLA},
+    "dots1": {**DENSE_FIRST, "n_shared_experts": 1},
+    "llama4_text": {**EXPERTS, "intermediate_size_mlp": 128, "attention_chunk_size": 16},
+    "afmoe": {**EXPERTS, **WINDOW, "num_dense_layers": 1},
+    "exaone_moe": {**GROUPS, **WINDOWS},
+    "hunyuan_v1_moe": {**EXPERTS, "moe_topk": 2},
+    "cohere2_moe": {**EXPERTS, **WINDOWS},
+    "solar_open": GROUPS,
+    "minimax_m2": EXPERTS,
+    "mimo_v2_flash": {**EXPERTS, **WINDOWS},
+    "mellum": EXPERTS,
+    "jetmoe": EXPERTS,
+    "laguna": EXPERTS,
 }
 RECURRENT: dict[str, dict[str, Any]] = {
-    "Qwen3_5": {**LINEAR_ATTENTION, "text": True},
-    "Qwen3Next": {**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 64},
-    "Lfm2": {"layer_types": ["conv", "full_attention"]},
-    "GraniteMoeHybrid": {**EXPERTS, **MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
-    "Bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "FalconH1": {**MAMBA, "mamba_d_ssm": 128},
-    "NemotronH": {
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "qwen3_5_moe_text": {**LINEAR_ATTENTION, **SHARED},
+    "qwen3_next": {**LINEAR_ATTENTION, **SHARED},
+    "olmo_hybrid": LINEAR_ATTENTION,
+    "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+    "kimi_linear": {
+        **DENSE_FIRST,
+        **MLA,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "bailing_hybrid": {
+        **DENSE_FIRST,
+        **MLA,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {**EXPERTS, **MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
+    "nemotron_h": {
         **EXPERTS,
-        "layers_block_type": ["mamba", "attention"],
+        "layers_block_type": ["mamba", "attention", "mlp", "moe"],
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
         "n_groups": 1,
         "ssm_state_size": 16,
         "chunk_size": 16,
+        "moe_shared_expert_intermediate_size": 64,
     },
-    "OlmoHybrid": LINEAR_ATTENTION,
-    "Mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 16, "chunk_size": 16},
-    "Jamba": {**EXPERTS, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "RecurrentGemma": {"lru_width": 64, "attention_window_size": 16, "num_hidden_layers": 3},
+    "zamba2": {
+        **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_mem_blocks": 1},
+        **{"mamba_d_state": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 16, "adapter_rank": 8},
+    },
+    "mamba": {"state_size": 16},
+    "mamba2": MAMBA2,
+    "falcon_mamba": {"state_size": 16},
+    "jamba": {**EXPERTS, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"lru_width": 64, "attention_window_size": 16, "num_hidden_layers": 3},
+    "rwkv": {"attention_hidden_size": 64},
+    "xlstm": {"num_heads": 4, "chunk_size": 16, "mode": "inference"},
 }
-ALL = {**DENSE, **MIXTURES, **RECURRENT}
+# Published with towers for images or sound, of which training uses the text model alone.
+WITH_TOWERS: dict[str, dict[str, Any]] = {
+    "gemma3": {"text": ("gemma3_text", WINDOWS), "vision_config": VISION, "mm_tokens_per_image": 4},
+    "mistral3": {"text": ("mistral", WINDOW), "vision_config": {**VISION, "model_type": "pixtral"}},
+    "qwen3_5": {
+        "text": ("qwen3_5_text", LINEAR_ATTENTION),
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": 64,
+        },
+    },
+    "qwen3_vl": {
+        "text": ("qwen3_vl_text", {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}),
+        "vision_config": {
+            **{"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64},
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "lfm2_vl": {
+        "text": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        "vision_config": {**VISION, "model_type": "siglip2_vision_model", "num_patches": 4},
+    },
+}
+KINDS = {"dense": DENSE, "experts": MIXTURES, "states": RECURRENT, "towers": WITH_TOWERS}
+ALL = {name: settings for group in KINDS.values() for name, settings in group.items()}
+# Numbers that take effect in training alone; the tiny models have them on, whatever the released ones have.
+NOISE = ("drop", "jitter")
+
+
+def zoo_config(name: str) -> transformers.PreTrainedConfig:
+    settings = dict(ALL[name])
+    if "text" in settings:
+        text, own = settings.pop("text")
+        settings = {"text_config": {**COMMON, **own, "model_type": text}, "image_token_id": 9, **settings}
+        if name in ("gemma3", "mistral3"):
+            settings["image_token_index"] = settings.pop("image_token_id")
+        settings["tie_word_embeddings"] = False
+    else:
+        settings = {**COMMON, **settings}
+    kind = CONFIG_MAPPING[name]
+    for key in [key for key in settings if isinstance(getattr(kind, key, None), property)]:
+        del settings[key]  # what a class works out for itself
+    config = kind(**settings)
+    text = config.get_text_config()
+    for key, value in vars(text).items():
+        if key in settings:
+            continue
+        if any(part in key for part in NOISE) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(text, key, 0.1)
+    return config
 
 
 def zoo_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """The tiny random model of a class prefix, its weights sharpened so that outputs depend on the context."""
+    """The tiny random model of a model type, its weights sharpened so that outputs depend on the context."""
     torch.manual_seed(seed)
-    settings = {**COMMON, **ALL[name]}
-    config_name = f"{name}{'Text' if settings.pop('text', False) else ''}Config"
-    config = getattr(transformers, config_name)(**settings)
-    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    config = zoo_config(name)
+    auto = transformers.AutoModelForImageTextToText if name in WITH_TOWERS else transformers.AutoModelForCausalLM
+    model: transformers.PreTrainedModel = auto.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
+        for key, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "A_log" not in key:
                 parameter.mul_(4.0)
+            if key.endswith("correct_output_scale"):
+                parameter.fill_(1.0)  # zero at first, which keeps what stands before it from training
     return model.eval()
 
 
@@ -164,60 +307,3 @@ def trainer_of(base: str, out: Path, *, quantization: str = "none", engine: str 
         output_dir=str(out), base_quantization=quantization, rollout_engine=engine, **{**defaults, **settings}
     )
     return PrivilegedSelfDistillTrainer(model=base, args=args, train_dataset=ROWS)
-
-
-def check(name: str, folder: Path) -> None:
-    """Everything on one architecture: start checks in full, a step with either engine, NF4, merge and resume."""
-    from pgkd_peft.conformance import check_model
-    from pgkd_peft.export.merge import merge_adapter
-
-    base = save(name, folder / "base")
-    trainer = trainer_of(base, folder / "adapter", engine="adapter", max_steps=2, save_strategy="steps", save_steps=1)
-    check_model(trainer.model, trainer.processing_class, always=True)
-    trainer.train()
-    trainer.save_model()
-    final = {key: value.clone() for key, value in trainer.model.state_dict().items() if "lora_" in key}
-    untrained = [key for key, value in final.items() if "lora_B" in key and not value.any()]
-    assert not untrained, f"LoRA that never trains: {untrained[:3]}"
-    again = trainer_of(base, folder / "adapter", engine="adapter", max_steps=2, save_strategy="steps", save_steps=1)
-    again.train(resume_from_checkpoint=str(folder / "adapter" / "checkpoint-1"))
-    for key, value in again.model.state_dict().items():
-        if "lora_" in key:
-            torch.testing.assert_close(value, final[key], msg=f"resume: {key}")
-    trainer_of(base, folder / "merged", engine="merged").train()
-    trainer_of(base, folder / "nf4", quantization="nf4").train()
-    merge_adapter(str(folder / "adapter"), str(folder / "out"), log=lambda _: None)
-
-
-def main(target: Path, names: list[str]) -> int:
-    """Write the table; returns how many are neither green nor refused by name."""
-    import tempfile
-
-    from pgkd_peft.errors import PGKDError
-
-    lines, red = [], 0
-    for name in names or list(ALL):
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                check(name, Path(folder))
-            result = "green"
-        except PGKDError as error:
-            result = f"refused: {str(error).splitlines()[0]}"
-        except Exception as error:  # the table is of whatever happens
-            red += 1
-            result = f"RED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        print(f"{name}: {result}", flush=True)
-        lines.append(f"| {name} | {result.replace('|', '/')} |")
-    if not names:
-        head = (
-            "# Architectures\n\nWritten by `make zoo`: each as a tiny random model against a plain forward of the same "
-            "model, with\nboth rollout engines, unquantized and in NF4, two steps, resumed and merged.\n\n"
-            "| architecture | result |\n| --- | --- |\n"
-        )
-        target.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
-    return red
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit(main(Path(__file__).parent.parent / "docs" / "architectures.md", sys.argv[1:]) > 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
 from ..model.adapters import STUDENT, adapter_state, switchable_layers
@@ -42,7 +44,7 @@ class MergedCopy:
         for name, source in _linears(base):
             inner = source.get_base_layer() if isinstance(source, LoraLayer) else source
             # without initial values: drawing them would use up random numbers that a resumed run does not draw
-            shape = (inner.in_features, inner.out_features)
+            shape = _shape(inner)
             linear = nn.utils.skip_init(nn.Linear, *shape, bias=False, device=inner.weight.device, dtype=dtype)
             linear.bias = inner.bias
             if isinstance(source, LoraLayer):
@@ -58,7 +60,9 @@ class MergedCopy:
         """Bring the linear weights up to date with the student's; once an optimizer step."""
         for source, linear in self.pairs:
             # not in place: the dense weight of a float32 base is the base's own tensor
-            linear.weight.copy_(dequantized_weight(source.get_base_layer()) + source.get_delta_weight(STUDENT).float())
+            delta = source.get_delta_weight(STUDENT).float()
+            turned = isinstance(source.get_base_layer(), Conv1D)
+            linear.weight.copy_(dequantized_weight(source.get_base_layer()) + (delta.T if turned else delta))
         return self.model
 
 
@@ -74,6 +78,13 @@ def _linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer; GPT-2's Conv1D holds its weight the other way round."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
 def not_mergeable(student: PeftModel) -> str | None:
     """Why this adapter cannot be added to dense weights, or None."""
     config = student.peft_config[STUDENT]
@@ -82,7 +93,7 @@ def not_mergeable(student: PeftModel) -> str | None:
     for layer in switchable_layers(student):
         if not isinstance(layer, LoraLayer):
             return "the adapter trains whole modules (modules_to_save or trainable tokens)"
-        if not isinstance(layer.get_base_layer(), nn.Linear):
+        if not isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)):
             return f"LoRA sits on a {type(layer.get_base_layer()).__name__}, which is no linear layer"
     return None
 
@@ -117,7 +128,8 @@ class RolloutEngine:
 
 def merged_bytes(student: PeftModel) -> int:
     """Extra memory of a merged copy: two bytes for each weight of each linear layer that it holds anew."""
-    return sum(2 * module.in_features * module.out_features for _, module in _linears(base_of(student)))
+    layers = [m.get_base_layer() if isinstance(m, LoraLayer) else m for _, m in _linears(base_of(student))]
+    return sum(2 * math.prod(_shape(layer)) for layer in layers)
 
 
 def free_bytes(device: torch.device) -> int:

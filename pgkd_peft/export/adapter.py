@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from ..config import QUANTIZATIONS, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object
-from ..model.adapters import check_adapter_tensors
+from ..model.adapters import load_adapter
 from ..model.cpu import guard_cpu_linear4bit
 from ..model.frozen import FrozenCheck
 from ..model.load import bnb_config, load_base, tensor_shapes
@@ -262,8 +262,7 @@ def load_trained(run: AdapterRun, *, trust_remote_code: bool = False) -> PeftMod
     )
     with explained(f"the adapter {run.folder} does not fit base {run.base_name!r}"):
         model = PeftModel.from_pretrained(base, str(run.folder))
-    path = run.folder / ADAPTER_FILE
-    check_adapter_tensors(model, path, tensor_shapes(path), f"base {run.base_name!r}")
+    load_adapter(model, run.folder, f"base {run.base_name!r}")
     guard_cpu_linear4bit(model)
     return model.eval()
 

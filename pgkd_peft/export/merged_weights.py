@@ -268,17 +268,28 @@ def _adapter_parts(
     for path, module in adapted.named_modules():
         if isinstance(module, BaseTunerLayer):
             layers[_plain_name(path)] = _checked_layer(module, path)
-    for path, parameter in adapted.named_parameters(remove_duplicate=False):
+    for path, parameter in list(adapted.named_parameters(remove_duplicate=False)):
         parts = path.split(".")
         if any(part.startswith(("lora_", "trainable_tokens_")) for part in parts):
-            # PEFT may have cast it to the 16 bits of the layer that it sits on; the file has all of it
+            # PEFT may have cast it to the 16 bits of the layer that it sits on, or not found it; the file has all of it
             key = "base_model.model." + path.replace(f".{ADAPTER}", "")
-            parameter.data = saved.get(key, saved.get(key.removesuffix(".weight"), parameter.data)).float()
+            tensor = saved.get(key, saved.get(key.removesuffix(".weight"), parameter.data)).float()
+            _put(adapted, path, tensor)
         elif not _is_phantom(parameter):
             overrides[_plain_name(path)] = parameter.data
     if not layers and not overrides:
         raise ModelError(f"the adapter {run.folder} targets no module of base {run.base_name!r}")
     return layers, overrides
+
+
+def _put(model: PreTrainedModel, path: str, tensor: torch.Tensor) -> None:
+    owner, _, name = path.rpartition(".")
+    holder = model.get_submodule(owner)
+    new = nn.Parameter(tensor, requires_grad=False)
+    if isinstance(holder, (nn.ParameterDict, nn.ParameterList)):
+        holder[name] = new
+    else:
+        setattr(holder, name, new)
 
 
 def _plain_name(path: str) -> str:

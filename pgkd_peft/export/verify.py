@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..compare import Reading, compare, read_as, token_nll
 from ..data.collator import stop_ids
 from ..errors import DataError, ModelError, explained
-from ..model.architecture import auto_class
+from ..model.architecture import LINEAR, auto_class
 from ..model.cpu import guard_cpu_linear4bit
 from ..model.load import base_of, dequantized_weight
 from ..rollout import generate
@@ -315,7 +315,8 @@ def use_float32_arithmetic(model: nn.Module) -> None:
     The large matrices stay as they are (4-bit, 8-bit or 16-bit) and are widened layer by layer in the forward.
     """
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.dtype != torch.float32:
+        # a subclass, such as the routers of Llama 4 and Phi-MoE, has a forward of its own
+        if type(module) in LINEAR and module.weight.dtype != torch.float32:
             module.forward = functools.partial(_wide_forward, module)  # type: ignore[method-assign]
             continue
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

@@ -115,8 +115,15 @@ def adapter_state(model: nn.Module, which: str) -> Iterator[nn.Module]:
                     param.requires_grad_(needed)
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load the student's adapter from safetensors, all of it.
+@torch.no_grad()
+def load_adapter(model: PeftModel, folder: Path, to: str = "this run's adapter") -> None:
+    """Load the student's adapter from safetensors, all of it and exactly.
+
+    PEFT renames keys of some architectures (Laguna's) once more when it loads them, and leaves out in silence what it
+    then has no place for; so every tensor is copied by its own name.
+
+    Args:
+        to: what the file should fit, for the message.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors are not those of this adapter.
@@ -125,8 +132,18 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     with explained(f"{path} cannot be read", CheckpointError):
         refuse_pointer(path)
         saved = load_file(path)
-    check_adapter_tensors(model, path, {name: tuple(tensor.shape) for name, tensor in saved.items()})
+    check_adapter_tensors(model, path, {name: tuple(tensor.shape) for name, tensor in saved.items()}, to)
     set_peft_model_state_dict(model, saved, adapter_name=STUDENT)
+    for name, tensor in own_tensors(model).items():
+        tensor.copy_(saved[name])
+
+
+def own_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The student's adapter by the names of its file: the model's own memory, no copies."""
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=STUDENT, save_embedding_layers=False
+    )
+    return tensors
 
 
 def check_adapter_tensors(
@@ -144,7 +161,7 @@ def check_adapter_tensors(
     Raises:
         CheckpointError: names the first tensor that is missing, too many, or of another shape.
     """
-    own = get_peft_model_state_dict(model, adapter_name=STUDENT, save_embedding_layers=False)
+    own = own_tensors(model)
     base = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = [name for name in own if name not in saved]
     more = [name for name in saved if name not in own and name not in base]

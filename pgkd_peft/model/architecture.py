@@ -17,13 +17,27 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
+from ..trl_compat import names_of_fused_experts
 
-_LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+# Layers that are a product with their weight and nothing else.
+LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 # PEFT refuses out_proj in these, in which some kernels read its weight without calling it.
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _ROUTERS = {"router", "gate"}
-# Modules that 4 bits break: gemma3n clamps the weights of altup in place.
-NOT_QUANTIZED = {"gemma3n": ["altup"], "gemma3n_text": ["altup"]}
+# Phi-MoE's router compares its scores with this number, in evaluation as well.
+_NOT_NOISE = {"router_jitter_noise"}
+# Modules, as patterns of Transformers, whose weight the model reads without calling them: gemma3n clamps altup's in
+# place, Mamba's kernels take some.
+NOT_QUANTIZED = {
+    "gemma3n": [r".*\.altup"],
+    "gemma3n_text": [r".*\.altup"],
+    "mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
+    "falcon_mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
+    "jamba": ["mamba.dt_proj"],
+    "mamba2": ["mixer.out_proj"],
+    "nemotron_h": ["mixer.out_proj"],
+    "falcon_h1": ["mamba.out_proj"],
+}
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -47,9 +61,10 @@ def backbone_of(base: PreTrainedModel) -> nn.Module:
 
 
 def zero_dropout(model: nn.Module) -> list[str]:
-    """Switch off the dropout that is kept as a number (``self.attention_dropout = 0.1``), in modules and in configs.
+    """Switch off the noise of training that is kept as a number, in modules and in configs: dropout
+    (``self.attention_dropout = 0.1``) and the jitter of routers.
 
-    LoRA's own is left alone: it is a module. Returns what was changed.
+    LoRA's own dropout is left alone: it is a module. Returns what was changed.
     """
     changed = []
     for module_name, module in model.named_modules():
@@ -58,7 +73,8 @@ def zero_dropout(model: nn.Module) -> list[str]:
                 continue
             for holder in _with_sub_configs(owner):
                 for name, value in list(vars(holder).items()):
-                    if "drop" in name and type(value) is float and value > 0 and "lora" not in name:
+                    noise = "drop" in name or ("jitter" in name and name not in _NOT_NOISE)
+                    if noise and type(value) is float and value > 0 and "lora" not in name:
                         setattr(holder, name, 0.0)
                         changed.append(f"{where}.{name}".strip("."))
     return changed
@@ -84,12 +100,15 @@ def lora_targets(model: PreTrainedModel) -> tuple[str | list[str], list[str]]:
     text = {id(module) for module in backbone_of(model).get_decoder().modules()} if _has_decoder(model) else None
     parents = dict(model.named_modules())
     targets, left_out, reasons = [], [], set()
+    fused = names_of_fused_experts(model)
     for name, module in parents.items():
-        if not isinstance(module, _LINEAR) or id(module) in heads:
+        if not isinstance(module, LINEAR) or id(module) in heads:
             continue
         reason = _why_not(name, module, parents, model.config.model_type)
         if text is not None and id(module) not in text:
             reason = "vision, audio and projection towers (no text passes them)"
+        elif reason is None and name.rpartition(".")[2] in fused:
+            reason = "dense and shared MLPs (PEFT takes their names for the fused experts')"
         if reason:
             reasons.add(reason)
             left_out.append(name)
@@ -111,15 +130,15 @@ def _has_decoder(model: PreTrainedModel) -> bool:
 def _why_not(name: str, module: nn.Module, parents: dict[str, nn.Module], model_type: str) -> str | None:
     parts = name.split(".")
     owner = parents[name.rpartition(".")[0]]
-    if type(module) not in _LINEAR or _ROUTERS & set(parts[-2:]) or getattr(module, "out_features", 0) == 1:
+    if not is_linear(module) or _ROUTERS & set(parts[-2:]) or getattr(module, "out_features", 0) == 1:
         return "routers and gates"
     if "experts" in parts:
         return "experts (one LoRA each would be too many parameters)"
     if "altup" in parts:
         return "altup (it does not train)"
-    mamba_block = "Mamba" in type(owner).__name__ and parts[-1] in ("out_proj", "dt_proj")
+    mamba_block = "Mamba" in type(owner).__name__ and parts[-1] in ("out_proj", "dt_proj", "x_proj")
     if mamba_block or (model_type in _MAMBA_TYPES and parts[-1] == "out_proj"):
-        return "out_proj and dt_proj of Mamba blocks (the fused kernel bypasses their LoRA)"
+        return "out_proj, dt_proj and x_proj of Mamba blocks (the fused kernel bypasses their LoRA)"
     return None
 
 
@@ -127,6 +146,12 @@ def _shortest(targets: list[str], left_out: list[str], modules: dict[str, nn.Mod
     """Last names where they match no module that is left out (PEFT matches endings), full names otherwise."""
     taken = {name.rpartition(".")[2] for name in modules if name not in set(targets)}
     return sorted({leaf if (leaf := name.rpartition(".")[2]) not in taken else name for name in targets})
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a product with its weight, and nothing else: not so the routers that are subclasses of Linear
+    (Llama 4, Phi-MoE). Falcon's adds its bias in another way, and no more."""
+    return type(module) in LINEAR or type(module).__name__ == "FalconLinear"
 
 
 def fused_experts(model: nn.Module) -> list[nn.Parameter]:

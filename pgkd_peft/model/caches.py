@@ -267,7 +267,7 @@ def why_not_shared(model: nn.Module) -> str | None:
     """Why this model cannot go on from a prefix that it has read, in words; None if it can.
 
     What its class and settings say, and once a model a probe: some tokens read at once, and in two parts of which the
-    first is copied for two rows.
+    first is copied for rows of two lengths.
     """
     base = base_of(model)
     if base not in _reasons:
@@ -302,21 +302,27 @@ def _probe_fails(model: nn.Module) -> str | None:
     try:
         model.eval()
         expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, before:].float()
-        cache = for_rows([read_on(model, None, ids[:before], 0)], [before], [0, 0], device)
-        rest = torch.tensor([ids[before:]] * 2, device=device)
-        mask = torch.ones(2, before + after, dtype=torch.long, device=device)
-        mask[1, -1] = 0  # the second row is one token shorter
-        positions = torch.arange(before, before + after, device=device).expand(2, -1)
+        read = read_on(model, None, ids[:before], 0)
+        rows = 3 if all(map(is_plain, read)) else 2  # windows and states are never padded inside
+        cache = for_rows([read], [before], [0] * rows, device)
+        rest = torch.tensor([ids[before:], ids[before:], [ids[0], *ids[before:-1]]][:rows], device=device)
+        mask = torch.ones(rows, before + after, dtype=torch.long, device=device)
+        mask[1, -1] = 0  # a token shorter, padded on the right as for scoring
+        mask[2:, before] = 0  # padded between the beginning and the rest, as for rollouts
         out = model(
-            input_ids=rest, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=rest,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1)[:, before:],
+            past_key_values=cache,
+            use_cache=True,
         ).logits.float()
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         return f"{base.config.model_type} cannot go on from what it has read ({str(error).splitlines()[0][:120]})"
     finally:
         for module, training in modes:
             module.training = training
-    found = torch.cat([out[0], out[1, :-1]])
-    wanted = torch.cat([expected, expected[:-1]])
+    found = torch.cat([out[0], out[1, :-1], *out[2:, 1:]])
+    wanted = torch.cat([expected] + [expected[:-1]] * (rows - 1))
     wanted_size = wanted.norm()
     off = float((found - wanted).norm() / wanted_size.clamp(min=1e-30))
     allowed = 1e-3 if next(base.parameters()).dtype == torch.float32 else 0.1

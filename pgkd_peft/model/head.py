@@ -14,6 +14,7 @@ from ..errors import ConfigError, ModelError
 from .load import base_of
 
 NAMES = ("lm_head", "embed_out")  # what Transformers' models call their output head
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # what their configs call its cap
 
 
 class Head:
@@ -96,8 +97,9 @@ def refuse_trainable_head(config: PeftConfig | None) -> None:
 def logit_shape(base: PreTrainedModel) -> tuple[float | None, float]:
     """(soft cap, scale) that the model's own forward applies after its head.
 
-    Gemma caps (``final_logit_softcapping``), Cohere multiplies (``logit_scale``), Falcon-H1 multiplies
-    (``lm_head_multiplier``), Granite divides (``logits_scaling``; HyperCLOVA X multiplies by it).
+    Gemma caps (``final_logit_softcapping``; RecurrentGemma and xLSTM under names of their own), Cohere multiplies
+    (``logit_scale``), Falcon-H1 multiplies (``lm_head_multiplier``), Granite divides (``logits_scaling``; HyperCLOVA X
+    multiplies by it).
     """
     config = base.config.get_text_config()
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -107,4 +109,5 @@ def logit_shape(base: PreTrainedModel) -> tuple[float | None, float]:
     else:
         scaling = getattr(config, "logits_scaling", None)
         scale = 1.0 if scaling is None else float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
-    return getattr(config, "final_logit_softcapping", None), scale
+    caps = (getattr(config, name, None) for name in SOFT_CAPS)
+    return next((cap for cap in caps if cap is not None), None), scale

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from ..config import QUANTIZATIONS, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, refuse_pointer
@@ -287,7 +288,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 @torch.no_grad()
 def dequantized_weight(module: nn.Module) -> torch.Tensor:
-    """The dense weight (out, in) in float32 that a Linear, Linear4bit or Linear8bitLt computes with.
+    """The dense weight (out, in) in float32 that a Linear, Conv1D, Linear4bit or Linear8bitLt computes with.
 
     A 4-bit weight is dequantized by bitsandbytes to the dtype that it was quantized from, as its forward does.
     """
@@ -300,4 +301,4 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
         scales = module.state.SCB if module.state.SCB is not None else weight.SCB
         data = module.state.CB if module.state.CB is not None else weight.data
         return bnb.functional.int8_vectorwise_dequant(data, scales).float()
-    return weight.data.float()
+    return (weight.data.T if isinstance(module, Conv1D) else weight.data).float()
