@@ -3,9 +3,9 @@
     python docs/figures.py              # after new results: writes what differs
     python docs/figures.py --check      # only says what differs; exit code 1 if anything does (a test does the same)
 
-A block (a whole table) stands between `<!-- numbers: NAME -->` and `<!-- /numbers -->` and is made anew by the function of
-that name. A sentence is found by its words: SENTENCES has it with a placeholder for each figure, and white space and the
-`#` of a comment may stand anywhere between two words. Where the words are changed, change them in both places.
+A block (a whole table) stands between `<!-- numbers: NAME -->` and `<!-- /numbers -->` and is made anew by the function
+that BLOCKS has under that name. A sentence is found by its words: SENTENCES has it with a placeholder for each figure;
+a line may end, also with the `#` of a comment, between any two words. Who changes the words changes them here too.
 
 Where the figures come from: tests/benchmarks/results. demo.json is the summary.json of `make demo`, copied.
 """
@@ -322,15 +322,15 @@ SENTENCES: dict[str, list[str]] = {
         "{demo_teacher:.3f}, student {demo_student:.3f} recovered gap: {demo_recovered:.3f} (95% interval "
         "{demo_low:.2f} to {demo_high:.2f}, n={demo_n} in 20 groups, bootstrap) drift on 16 neutral prompts: "
         "{demo_drift:.4f} nats/token",
-        "on held-out questions, from {terse_base:.2f} to {terse_score:.2f} (teacher {terse_teacher:.2f}); right answers "
-        "stay where they were ({terse_right_base:.2f} and {terse_right_score:.2f})",
+        "on held-out questions, from {terse_base:.2f} to {terse_score:.2f} (teacher {terse_teacher:.2f}); right "
+        "answers stay where they were ({terse_right_base:.2f} and {terse_right_score:.2f})",
         "forgets {sft_drift_times:.0f} times as much of everything else",
         "base {siqa_base:.3f}, teacher {siqa_teacher:.3f}; right is an answer",
         "A run's own 95 % interval of the recovered gap reaches {siqa_reach:.2f} to either side.",
-        "exactly one option in {siqa_names_names_one:.2f} of their answers (base {siqa_names_base_names_one:.2f}), and of "
-        "those {siqa_names_right_of_those:.2f} are right",
-        "(`asdiv_cpu`, n={asdiv_n}, seed 0) the student stays at {asdiv_score:.2f} right (base {asdiv_base:.2f}, teacher "
-        "{asdiv_teacher:.2f})",
+        "exactly one option in {siqa_names_names_one:.2f} of their answers (base {siqa_names_base_names_one:.2f}), and "
+        "of those {siqa_names_right_of_those:.2f} are right",
+        "(`asdiv_cpu`, n={asdiv_n}, seed 0) the student stays at {asdiv_score:.2f} right (base {asdiv_base:.2f}, "
+        "teacher {asdiv_teacher:.2f})",
         "rollout {ours_rollout} s ({floor_rollout}: each token",
         "the teacher's pass {ours_teacher} s ({floor_teacher}; attention)",
         "student with the divergence {ours_student} s ({floor_student}; LoRA",
@@ -340,13 +340,13 @@ SENTENCES: dict[str, list[str]] = {
     ],
     FACTS: [
         "{facts_seconds} s of training with one thread beside other work, {facts_gib:.1f} GiB",
-        "on the 40 held-out questions base {facts_base:.3f}, teacher with PI {facts_teacher:.3f}, student {facts_scores} "
-        "with seeds 0, 1, 2; recovered {facts_recovered}; drift {facts_drift} nats/token.",
+        "on the 40 held-out questions base {facts_base:.3f}, teacher with PI {facts_teacher:.3f}, student "
+        "{facts_scores} with seeds 0, 1, 2; recovered {facts_recovered}; drift {facts_drift} nats/token.",
     ],
     SIQA: [
         "{siqa_seconds} s of training with one thread beside other work, {siqa_gib:.1f} GiB",
-        "Base {siqa_base:.3f}, teacher with PI {siqa_teacher:.3f}, student {siqa_scores} (recovered {siqa_recovered}; 95% "
-        "intervals reach {siqa_reach:.2f} to either side).",
+        "Base {siqa_base:.3f}, teacher with PI {siqa_teacher:.3f}, student {siqa_scores} (recovered {siqa_recovered}; "
+        "95% intervals reach {siqa_reach:.2f} to either side).",
         "it does in {siqa_names_names_one:.2f} of its answers (base {siqa_names_base_names_one:.2f}), and of those "
         "{siqa_names_right_of_those:.2f} are right (base {siqa_names_base_right_of_those:.2f}, chance "
         "{siqa_names_chance:.2f})",
@@ -362,8 +362,8 @@ SENTENCES: dict[str, list[str]] = {
     ],
     "recipes/chatterbot_terse.yaml": [
         "{terse_seconds} s of training, {terse_peak_gib} GiB",
-        "on the {terse_n} held-out questions (every fifth). Answers of at most five words: base {terse_base:.2f}, teacher "
-        "with PI {terse_teacher:.2f}, student {terse_score:.2f}, recovered {terse_recovered:.2f} (95% interval "
+        "on the {terse_n} held-out questions (every fifth). Answers of at most five words: base {terse_base:.2f}, "
+        "teacher with PI {terse_teacher:.2f}, student {terse_score:.2f}, recovered {terse_recovered:.2f} (95% interval "
         "{terse_low:.2f} to {terse_high:.2f}). Right answers: base {terse_right_base:.2f}, teacher "
         "{terse_right_teacher:.2f}, student {terse_right_score:.2f}.",
         "the teacher is as terse ({terse_wordings_no_answer:.2f}) but guesses",

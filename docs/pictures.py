@@ -1,4 +1,4 @@
-"""Draws docs/front.svg: recovered gap against drift, a mark a run with its intervals, a larger one for a mean over seeds."""
+"""Draws docs/front.svg: recovered gap against drift; a dot a run with its intervals, a larger one a mean over seeds."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def front(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     title = "Recovered gap on unseen phrasings of the facts against drift on neutral prompts"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'role="img" font-family="system-ui, -apple-system, \'Segoe UI\', Helvetica, Arial, sans-serif" font-size="13">\n'
+        'role="img" font-family="system-ui, -apple-system, \'Segoe UI\', Helvetica, Arial, sans-serif" '
+        'font-size="13">\n'
         f"  <title>{title}; {len(seeds)} seeds</title>\n  <style>{STYLE}  </style>\n  "
         + "\n  ".join(parts)
         + "\n</svg>\n"
@@ -112,6 +113,7 @@ def _axes(x: Any, y: Any, first: int, last: int) -> list[str]:
     )
     middle = (TOP + bottom) / 2
     parts.append(
-        f'<text class="ink" x="18" y="{middle}" text-anchor="middle" transform="rotate(-90 18 {middle})">recovered gap</text>'
+        f'<text class="ink" x="18" y="{middle}" text-anchor="middle" transform="rotate(-90 18 {middle})">'
+        "recovered gap</text>"
     )
     return parts
