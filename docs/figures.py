@@ -267,6 +267,17 @@ def front_table() -> str:
     return table(head, rows) if runs else "Not measured yet."
 
 
+def feedback_table() -> str:
+    head = ("seed", "base", "base that reads the feedback", "student, told nothing", "recovered gap", "steps")
+    rows = []
+    for line in lines("feedback.jsonl"):
+        low, high = line["recovered_interval"] or ("–", "–")
+        gap = "–" if line["recovered"] is None else f"{line['recovered']:.2f} ({low:.2f} to {high:.2f})"
+        scores = [f"{line[name]:.3f}" for name in ("base", "teacher", "score")]
+        rows.append((str(line["seed"]), *scores, gap, str(line["steps"])))
+    return table(head, rows) if rows else "Not measured yet."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "facts controls": facts_controls,
     "siqa controls": siqa_controls,
@@ -274,6 +285,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "divergence": divergence_table,
     "export": export_table,
     "front": front_table,
+    "feedback": feedback_table,
 }
 _BLOCK = re.compile(r"(<!-- numbers: ([\w ]+) -->\n)(.*?)(<!-- /numbers -->)", re.DOTALL)
 
@@ -425,7 +437,8 @@ def main(check: bool) -> int:
         print(path.relative_to(ROOT), "differs from the results" if check else "written")
         if not check:
             path.write_text(text, encoding="utf-8")
-    print("\n".join(complaints))
+    for complaint in complaints:
+        print(complaint)
     return 1 if complaints or (check and changed) else 0
 
 
