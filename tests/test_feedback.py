@@ -16,7 +16,7 @@ from pgkd_peft.evaluation.scorers import make_scorer
 from pgkd_peft.rows import Row
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "feedback" / "small_programs.py"
-FORMAT = EXAMPLE.parent / "answer_json.py"
+FORMAT = EXAMPLE.parent / "in_short.py"
 TOKENIZER = byte_tokenizer()
 COLLATOR = DataCollatorForPrivilegedGKD(TOKENIZER)
 
@@ -96,18 +96,9 @@ def test_small_programs_are_run_with_limits():
 def test_the_format_that_a_checker_wants():
     feedback = load_feedback(f"{FORMAT}:feedback")
     passes = make_scorer(f"{FORMAT}:passes")
-    answers = [
-        ' {"answer": "Oslo"}\n',
-        "Oslo",
-        '{"answer": "Oslo"} is it',
-        '{"answer": 3}',
-        '["answer"]',
-        '{"answer": "a", "b": 1}',
-    ]
-    said = feedback({}, answers)
-    assert [text == "" for text in said] == [True, False, False, False, False, False]
-    assert [passes(answer, {}) for answer in answers] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    assert said[1] == said[2] != said[3] == said[4] == said[5]
+    answers = ["In short: Oslo.", "In short:\nOslo.", "In short:", "Oslo.", "It is, In short: Oslo.", "in short: Oslo."]
+    assert [text == "" for text in feedback({}, answers)] == [True, True, False, False, False, False]
+    assert [passes(answer, {}) for answer in answers] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_the_format_s_questions_are_in_one_set_each():

@@ -3,7 +3,7 @@
     python tests/benchmarks/feedback.py --seeds 0 1 2
     python tests/benchmarks/feedback.py --seeds 0 --max_steps 30        # the rest goes to `pgkd train`
 
-Trains examples/feedback/answer_json.yaml by `pgkd train` and asks the held-out questions of the same folder: the base,
+Trains examples/feedback/in_short.yaml by `pgkd train` and asks the held-out questions of the same folder: the base,
 the base that is told what the checker said of its answer (the teacher), and the student, who is told nothing. One JSON
 line a run is appended to results/feedback.jsonl; what the file has with the same settings is not done again.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from front import HERE, read_lines, settings, train
 
-RECIPE = "examples/feedback/answer_json.yaml"
+RECIPE = "examples/feedback/in_short.yaml"
 ANSWERS_SHOWN = 3
 
 
