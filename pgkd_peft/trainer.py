@@ -342,8 +342,6 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         many = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         settle_privileged_length(args, tokenizer, [train_dataset, *many], context)
         collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
-        if args.feedback is not None:
-            collator.keep_sources = True
         train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         eval_dataset = _all_checked(eval_dataset, collator, args)
 
