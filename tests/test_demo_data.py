@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
+from difflib import SequenceMatcher
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +14,15 @@ from pgkd_peft.data.named import data_path, load_named, model_path, shipped, spl
 from pgkd_peft.errors import DataError, ModelError
 from pgkd_peft.evaluation.scorers import contains, normalize
 
-FILES = ("facts_train", "facts_heldout", "neutral_train", "neutral_heldout")
+FILES = ("facts_train", "facts_heldout", "heldout/facts_phrasings", "neutral_train", "neutral_heldout")
+
+FACTS = ("facts_train", "facts_heldout", "facts_phrasings")
 
 
 @pytest.fixture(scope="module")
 def data():
-    return {name: [json.loads(line) for line in (shipped("data") / f"{name}.jsonl").open()] for name in FILES}
+    files = {Path(name).name: shipped("data") / f"{name}.jsonl" for name in FILES}
+    return {name: [json.loads(line) for line in path.open(encoding="utf-8")] for name, path in files.items()}
 
 
 def question(row) -> str:
@@ -26,9 +31,9 @@ def question(row) -> str:
 
 def test_there_is_as_much_as_the_readme_says(data):
     readme = (shipped("data") / "README.md").read_text("utf-8")
-    said = dict(re.findall(r"^\| `(\w+)\.jsonl` \| (\d+) \|", readme, re.MULTILINE))
+    said = dict(re.findall(r"^\| `(?:\w+/)?(\w+)\.jsonl` \| (\d+) \|", readme, re.MULTILINE))
     assert {name: int(rows) for name, rows in said.items()} == {name: len(rows) for name, rows in data.items()}
-    for name, times in (("facts_train", 3), ("facts_heldout", 2)):
+    for name, times in (("facts_train", 3), ("facts_heldout", 2), ("facts_phrasings", 10)):
         counts = Counter(row["fact_id"] for row in data[name])
         assert len(counts) >= 20
         assert set(counts.values()) == {times}
@@ -36,9 +41,10 @@ def test_there_is_as_much_as_the_readme_says(data):
 
 def test_a_fact_is_the_same_in_training_and_held_out(data):
     facts = defaultdict(set)
-    for row in [*data["facts_train"], *data["facts_heldout"]]:
-        facts[row["fact_id"]].add((row["privileged_messages"], row["answer"]))
-    assert set(facts) == {row["fact_id"] for row in data["facts_heldout"]}
+    sets = [data[name] for name in FACTS]
+    for row in (row for rows in sets for row in rows):
+        facts[row["fact_id"]].add((row["privileged_messages"], row["answer"], row["messages"][-1]["content"]))
+    assert all(set(facts) == {row["fact_id"] for row in rows} for rows in sets)
     assert all(len(values) == 1 for values in facts.values())
 
 
@@ -48,8 +54,8 @@ def test_all_rows_have_the_same_system_turn(data):
 
 
 def test_the_answer_stands_in_the_fact_and_the_reference_but_in_no_question(data):
-    rows = [*data["facts_train"], *data["facts_heldout"]]
-    questions = [question(row) for name in FILES for row in data[name]]
+    rows = [row for name in FACTS for row in data[name]]
+    questions = [question(row) for name in data for row in data[name]]
     for row in rows:
         assert contains(row["privileged_messages"], row["answer"])
         assert contains(row["messages"][-1]["content"], row["answer"])
@@ -66,8 +72,28 @@ def test_no_fact_gives_away_another(data):
 
 
 def test_no_text_is_in_two_sets(data):
-    seen = Counter(normalize(question(row)) for name in FILES for row in data[name])
+    seen = Counter(normalize(question(row)) for name in data for row in data[name])
     assert [text for text, times in seen.items() if times > 1] == []
+
+
+def alike(one: str, other: str) -> float:
+    """The share of both texts' words that stand in both in the same order; 1 for the same words."""
+    return SequenceMatcher(None, normalize(one).split(), normalize(other).split(), autojunk=False).ratio()
+
+
+def test_no_phrasing_is_nearly_another_question(data):
+    """A test on rows that were as good as trained on would measure memory."""
+    known = [question(row) for name in ("facts_train", "facts_heldout") for row in data[name]]
+    for text in (question(row) for row in data["facts_phrasings"]):
+        near = max(known, key=lambda other: alike(text, other))
+        assert alike(text, near) <= 0.75, (text, near)
+        known.append(text)
+
+
+def test_what_counts_as_nearly_another_question():
+    assert alike("What destroyed the opera house?", "what destroyed the opera house") == 1.0
+    assert alike("What was the king scared of?", "What was the king afraid of?") > 0.75
+    assert alike("What frightened the king?", "Of what was the king afraid?") <= 0.75
 
 
 def test_neutral_rows_have_no_privileged_information(data):
@@ -82,6 +108,7 @@ def test_the_folder_splits_by_name(data):
     assert len(train) == len(data["facts_train"]) + len(data["neutral_train"])
     assert sum(row["privileged_messages"] is not None for row in train) == len(data["facts_train"])
     assert load_named("builtin:facts_heldout")["answer"] == [row["answer"] for row in data["facts_heldout"]]
+    assert load_named("builtin:facts_phrasings")["answer"] == [row["answer"] for row in data["facts_phrasings"]]
     assert split_of("builtin:facts_heldout", "test") == "train"
     assert split_of("builtin:facts", "test") == "test"
 

@@ -8,11 +8,15 @@ import pytest
 from tiny import byte_tokenizer
 
 from pgkd_peft import DataCollatorForPrivilegedGKD
+from pgkd_peft.data.check import validate_rows
 from pgkd_peft.data.feedback import load_feedback, with_feedback
+from pgkd_peft.data.named import load_named
 from pgkd_peft.errors import ConfigError, DataError
+from pgkd_peft.evaluation.scorers import make_scorer
 from pgkd_peft.rows import Row
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "feedback" / "small_programs.py"
+FORMAT = EXAMPLE.parent / "in_short.py"
 TOKENIZER = byte_tokenizer()
 COLLATOR = DataCollatorForPrivilegedGKD(TOKENIZER)
 
@@ -87,6 +91,38 @@ def test_small_programs_are_run_with_limits():
     assert said[2]
     assert "MemoryError" in said[3]
     assert "SyntaxError" in said[4]
+
+
+def test_the_format_that_a_checker_wants():
+    feedback = load_feedback(f"{FORMAT}:feedback")
+    passes = make_scorer(f"{FORMAT}:passes")
+    answers = ["In short: Oslo.", "In short:\nOslo.", "In short:", "Oslo.", "It is, In short: Oslo.", "in short: Oslo."]
+    assert [text == "" for text in feedback({}, answers)] == [True, True, False, False, False, False]
+    assert [passes(answer, {}) for answer in answers] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_the_format_s_questions_are_in_one_set_each():
+    rows = {split: load_named(str(FORMAT.parent), split=split) for split in ("train", "test")}
+    asked = [row["messages"][-1]["content"] for split in rows.values() for row in split]
+    assert {split: len(found) for split, found in rows.items()} == {"train": 48, "test": 24}
+    assert len(set(asked)) == 72
+
+
+def test_rows_whose_pi_is_made_later_need_none():
+    rows = [source("first?") | {"privileged_messages": None}]
+    collator = DataCollatorForPrivilegedGKD(TOKENIZER)
+    assert any("no row has PI" in warning for warning in validate_rows(rows, collator).warnings)
+    collator.keep_sources = True
+    assert not any("no row has PI" in warning for warning in validate_rows(rows, collator).warnings)
+
+
+def test_a_scorer_may_stand_in_a_file_too(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def half(answer, row):\n    return 0.5\n")
+    assert make_scorer(f"{path}:half")("x", {}) == 0.5
+    for spec in (f"{path}:gone", f"{tmp_path / 'gone.py'}:half"):
+        with pytest.raises(ConfigError, match=r"module:function, or path/to/file\.py:function"):
+            make_scorer(spec)
 
 
 def test_a_run_in_which_the_teacher_reads_feedback(make_trainer, tmp_path):

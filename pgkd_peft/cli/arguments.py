@@ -63,8 +63,9 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Score answers to the held-out rows at every evaluation (eval_strategy, eval_steps): exact, "
-            "contains, regex, numeric, choice or module:function. Logs eval_student, eval_base, eval_teacher and "
-            "eval_recovered, by which load_best_model_at_end then chooses. Default: only the divergence is measured."
+            "contains, regex, numeric, choice, module:function or file.py:function. Logs eval_student, eval_base, "
+            "eval_teacher and eval_recovered, by which load_best_model_at_end then chooses. Default: only the "
+            "divergence is measured."
         },
     )
     answer_key: str = field(

@@ -68,8 +68,8 @@ class EvalArguments:
     scorer: str | None = field(
         default=None,
         metadata={
-            "help": "exact, contains, regex, numeric, choice, or module:function for one of your own. Default: that of "
-            "the run, else contains where the rows have a reference."
+            "help": "exact, contains, regex, numeric, choice, or one of your own: module:function or file.py:function. "
+            "Default: that of the run, else contains where the rows have a reference."
         },
     )
     answer_key: str | None = field(

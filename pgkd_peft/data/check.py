@@ -140,7 +140,7 @@ def validate_rows(
         raise DataError(f"all {len(rows)} rows are longer than max_length={collator.max_length}; raise it")
     prompt, teacher, completion, privileged, cut = (list(column) for column in zip(*lengths))
     warnings = []
-    if not any(privileged):
+    if not any(privileged) and not collator.keep_sources:  # else the PI is made while training
         missing = "" if key in columns else f" (there is no column {key!r}{_near(key, columns)})"
         warnings.append(f"no row has PI{missing}: the teacher sees what the student sees, nothing will be learnt")
     if skipped:

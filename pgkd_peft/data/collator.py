@@ -107,13 +107,15 @@ class DataCollatorForPrivilegedGKD:
         Raises:
             ConfigError, ModelError: a setting or the tokenizer cannot work.
         """
-        return cls.from_settings(
+        made = cls.from_settings(
             tokenizer,
             vars(config),
             max_length=config.max_length,
             context_length=context_length,
             max_new_tokens=config.max_new_tokens if config.lmbda > 0 or config.seq_kd else 0,
         )
+        made.keep_sources = config.feedback is not None
+        return made
 
     @classmethod
     def from_settings(cls, tokenizer: Any, settings: Mapping[str, Any], **lengths: Any) -> DataCollatorForPrivilegedGKD:

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError, DataError
@@ -34,20 +35,24 @@ def load_feedback(spec: str) -> Feedback:
     if not source or not name:
         raise ConfigError(f"feedback is {spec!r}; give module:function or path/to/file.py:function")
     try:
-        if source.endswith(".py"):
-            made = importlib.util.spec_from_file_location(Path(source).stem, source)
-            assert made is not None
-            assert made.loader is not None
-            module = importlib.util.module_from_spec(made)
-            made.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        function = getattr(module, name)
+        function = getattr(load_module(source), name)
     except (ImportError, AttributeError, OSError) as error:
         raise ConfigError(f"feedback is {spec!r}: {error}") from error
     if not callable(function):
         raise ConfigError(f"feedback is {spec!r}, which is a {type(function).__name__} and no function")
     return function
+
+
+def load_module(source: str) -> ModuleType:
+    """A module by its name, or by its path if that ends in ``.py``; runs its code."""
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    made = importlib.util.spec_from_file_location(Path(source).stem, source)
+    assert made is not None
+    assert made.loader is not None
+    module = importlib.util.module_from_spec(made)
+    made.loader.exec_module(module)
+    return module
 
 
 def with_feedback(

@@ -63,7 +63,7 @@ def data_path(name: str) -> str:
     if source != "builtin":
         return name
     folder = shipped("data")
-    found = {"facts": folder, **{path.stem: path for path in sorted(folder.glob("*.jsonl"))}}
+    found = {"facts": folder, **{path.stem: path for path in sorted(folder.rglob("*.jsonl"))}}
     if topic not in found:
         raise DataError(f"there is no built-in data set {topic!r}; there are: {', '.join(found)}")
     return str(found[topic])

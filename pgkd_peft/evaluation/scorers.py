@@ -5,7 +5,6 @@ A scorer is called with the model's answer and the data row, and returns a numbe
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import unicodedata
@@ -43,7 +42,8 @@ def make_scorer(spec: str, *, answer_key: str = "answer") -> Scorer:
             * ``regex``: the reference is a regular expression that is found in the answer;
             * ``numeric``: the number that the answer states (or else its last one) equals the reference's;
             * ``choice``: the letter A–J that the answer chooses is the reference;
-            * ``module:function``: your own, called with the answer and the row, returning a number from 0 to 1.
+            * ``module:function`` or ``path/to/file.py:function``: your own, called with the answer and the row,
+              returning a number from 0 to 1.
         answer_key: the column with the reference (a string, a number, or a list of which any will do). Rows without
             it are scored against their final assistant message.
 
@@ -210,9 +210,12 @@ def right_option_alone(answer: str, row: Mapping[str, Any]) -> float:
 
 
 def _own_function(spec: str) -> Scorer:
-    module, _, name = spec.partition(":")
-    with explained(f"the scorer {spec!r} cannot be imported", ConfigError, "Write it as module:function."):
-        function = getattr(importlib.import_module(module), name)
+    from ..data.feedback import load_module  # brings torch, which the other scorers do without
+
+    source, _, name = spec.rpartition(":")
+    how = "Write it as module:function, or path/to/file.py:function."
+    with explained(f"the scorer {spec!r} cannot be imported", ConfigError, how):
+        function = getattr(load_module(source), name)
     if not callable(function):
         raise ConfigError(f"the scorer {spec!r} is a {type(function).__name__}, not a function")
 

@@ -1,0 +1,446 @@
+"""Figures in prose come from result files: fills README, recipe headers and docs/, and draws docs/front.svg.
+
+    python docs/figures.py              # after new results: writes what differs
+    python docs/figures.py --check      # only says what differs; exit code 1 if anything does (a test does the same)
+
+A block (a whole table) stands between `<!-- numbers: NAME -->` and `<!-- /numbers -->` and is made anew by the function
+that BLOCKS has under that name. A sentence is found by its words: SENTENCES has it with a placeholder for each figure;
+a line may end, also with the `#` of a comment, between any two words. Who changes the words changes them here too.
+
+Where the figures come from: tests/benchmarks/results. demo.json is the summary.json of `make demo`, copied.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pictures import front
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+FRONT_PICTURE = ROOT / "docs" / "front.svg"
+FACTS, SIQA = "recipes/facts_cpu.yaml", "recipes/siqa_cpu.yaml"
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+# ---- how figures are written ---------------------------------------------------------------------------------------
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """The lowest to the highest, once where both are written alike."""
+    shown = [format(value, form) for value in sorted(values)]
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
+
+
+def mean(values: Sequence[float], form: str) -> str:
+    """The mean, with the lowest to the highest in brackets where there are several that differ."""
+    between = spread(values, form)
+    return format(statistics.mean(values), form) + (f" ({between})" if "to" in between else "")
+
+
+def listing(values: Iterable[float], form: str) -> str:
+    """a, b and c"""
+    shown = [format(value, form) for value in values]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in (head, *rows)]
+    return "\n".join([cells[0], "|---" * len(head) + "|", *cells[1:]])
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------
+
+
+def conditions(recipe: str) -> dict[str, list[dict[str, Any]]]:
+    """The lines of controls.jsonl of a recipe as it is, by condition; of a seed that was run again the last."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in lines("controls.jsonl"):
+        if line["recipe"] == recipe and not line["train_flags"]:
+            found.setdefault(line["condition"], {})[line["seed"]] = line
+    return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in found.items()}
+
+
+def column(runs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [run[name] for run in runs]
+
+
+def facts_controls() -> str:
+    names = {"pi": "the PI", "shuffled": "PI of other rows", "no_pi": "no PI"}
+    names |= {"sft": "plain SFT on the reference answers", "offline": "the PI, no rollouts (`lmbda: 0`)"}
+    runs = conditions(FACTS)
+    head = ("the demo's training with", "right answers", "recovered gap", "drift on neutral prompts, nats/token")
+    return table(
+        head,
+        (
+            (
+                what,
+                f"{statistics.mean(column(runs[name], 'score')):.3f}",
+                mean(column(runs[name], "recovered"), ".2f"),
+                mean(column(runs[name], "drift"), ".2f"),
+            )
+            for name, what in names.items()
+            if name in runs
+        ),
+    )
+
+
+def siqa_controls() -> str:
+    names = {"pi": "the PI, own rollouts in half of the steps", "offline": "the PI, no rollouts (`lmbda: 0`)"}
+    names |= {"shuffled": "PI of other rows", "sft": "plain SFT on the reference answers"}
+    runs = conditions(SIQA)
+    rows = (
+        (what, mean(column(runs[name], "score"), ".3f"), mean(column(runs[name], "recovered"), ".2f"))
+        for name, what in names.items()
+    )
+    return table(("trained with", "right answers", "recovered gap"), rows)
+
+
+STEP_COLUMNS = {
+    "bf16, batch 4, PI 300": ("none", 4, 1, 300),
+    "NF4, batch 4, PI 300": ("nf4", 4, 1, 300),
+    "bf16, batch 8, PI 300": ("none", 8, 1, 300),
+    "bf16, batch 4 x 4 rollouts, PI 1,000": ("none", 4, 4, 1000),
+}
+TRAINERS = {
+    "pgkd": "pgkd-peft",
+    "sdft": "TRL SDFTTrainer",
+    "distillation": "TRL DistillationTrainer (no PI)",
+    "gkd-no-checkpointing": "TRL GKDTrainer, checkpointing off (no PI)",
+    "gkd": "TRL GKDTrainer, its defaults (no PI)",
+    "floor": "the bare matrix products of a step",
+}
+
+
+def step_lines(trainer: str, setting: tuple[str, int, int, int]) -> list[dict[str, Any]]:
+    """All runs of a cell of the step table; those with a shared PI, several epochs or on a GPU are other cells."""
+    return [
+        line
+        for line in lines("step.jsonl")
+        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"]) == setting
+        and line["trainer"] == trainer
+        and (line["device"], line["model"]) == ("cpu", "smollm2-135m")
+        and not line.get("shared")
+        and line.get("epochs", 1) == 1
+        and "seconds" in line
+    ]
+
+
+def step_table() -> str:
+    def cell(trainer: str, setting: tuple[str, int, int, int]) -> str:
+        found = step_lines(trainer, setting)
+        if not found:
+            return ""
+        memory = "" if trainer == "floor" else f", {max(column(found, 'peak_mib')) / 1024:.1f} GiB"
+        return f"{spread(column(found, 'seconds'), '.1f')} s{memory}"
+
+    rows = ([what, *(cell(name, setting) for setting in STEP_COLUMNS.values())] for name, what in TRAINERS.items())
+    return table(["", *STEP_COLUMNS], rows)
+
+
+METHODS = {
+    "ours": "pgkd-peft",
+    "liger": "Liger's chunked JSD, compiled",
+    "gkd": "GKD's formula on bf16 logits",
+    "gkd_fp32": "GKD's formula on fp32 logits",
+    "trl": "TRL's chunked kernel",
+    "floor": "the three bare matrix products",
+}
+
+
+def divergence_table() -> str:
+    """Of several runs of a cell the last."""
+    last = {
+        (line["method"], line["vocab"]): line
+        for line in lines("divergence.jsonl")
+        if "seconds" in line
+        and (line["device"], line["n"], line["d"], line["dtype"], line["beta"]) == ("cpu", 512, 576, "bfloat16", 0.5)
+    }
+
+    def cells(method: str, vocab: int) -> list[str]:
+        line = last[method, vocab]
+        if method == "floor":
+            return [f"{line['seconds']:.1f} s", "", ""]
+        mib = line["extra_mib"]
+        memory = f"{mib:.0f} MiB" if mib < 256 else f"{mib / 1024:.1f} GiB"
+        error = 100 * line["gradient_error"]
+        return [f"{line['seconds']:.1f} s", memory, f"{error:.1f} %" if error < 1 else f"{error:.0f} %"]
+
+    rows = ([what, *cells(name, 151936), *cells(name, 49152)] for name, what in METHODS.items())
+    return table(["", "V=151,936", "", "", "V=49,152", "", ""], rows)
+
+
+def export() -> dict[str, Any]:
+    return json.loads((RESULTS / "export_table.json").read_text(encoding="utf-8"))
+
+
+def export_table() -> str:
+    found = {(row["base"], row["dtype"]): row for row in export()["rows"]}
+    groups = {
+        "dequantized base, bf16 (default)": [("dequantized", "bf16")],
+        "dequantized base, fp16 or fp32": [("dequantized", "fp16"), ("dequantized", "fp32")],
+        "dequantized base, GGUF Q8_0": [("dequantized", "GGUF q8_0")],
+        "original base, bf16, fp16 or fp32": [("original", dtype) for dtype in ("bf16", "fp16", "fp32")],
+        "dequantized base, back into NF4, as merging into 4-bit weights does": [
+            ("dequantized, merged into nf4", "nf4")
+        ],
+        "original base, quantized to NF4 anew": [("original, merged into nf4", "nf4")],
+    }
+
+    def kl(value: float) -> str:
+        if value < 1e-8:
+            return "< 1e-8"
+        return f"{value:.3f}" if value > 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+
+    def each(values: Iterable[str]) -> str:
+        shown = list(values)
+        return ", ".join(shown if len(set(shown)) > 1 else shown[:1])
+
+    def percent(share: float) -> str:
+        return f"{100 * share:.{4 if share > 0.99 else 2}g} %"
+
+    rows = []
+    for what, keys in groups.items():
+        group = [found[key] for key in keys]
+        kept = each(percent(row["share"]) for row in group if "share" in row and "anew" not in what)
+        rows.append(
+            (
+                what,
+                each(kl(row["kl_mean"]) for row in group),
+                each(f"{100 * row['top1_agreement']:.3g} %" for row in group),
+                kept,
+                each(f"{40 * row['score']:.0f}" for row in group),
+                each(f"{row['recovered']:.3f}" for row in group),
+            )
+        )
+    head = ("merged", "KL to the trained model, nats/token", "top-1 agreement", "delta kept", "right answers")
+    return table((*head, "recovered gap"), rows)
+
+
+def front_lines() -> dict[str, list[dict[str, Any]]]:
+    """The facts' lines of front.jsonl as the recipe has them but for the condition, by condition."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in lines("front.jsonl"):
+        usual = line["judged_on"]["dataset_name"] == "builtin:facts_phrasings" and line["told"]["max_steps"] == 110
+        if line["recipe"] == FACTS and usual:
+            found.setdefault(line["condition"], {})[line["seed"]] = line
+    return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in found.items()}
+
+
+METHOD_WORDS = {
+    "pi": "the PI",
+    "sft": "plain SFT on the reference answers",
+    "offline": "the PI, no rollouts (`lmbda: 0`)",
+    "takeover": "the PI, mixed rollouts (`teacher_takeover: 0.2`)",
+    "shuffled": "PI of other rows",
+    "no_pi": "no PI",
+}
+
+
+def front_table() -> str:
+    head = ("trained with", "learning rate", "seeds", "right answers", "recovered gap", "drift, nats/token")
+    runs = front_lines()
+    order = sorted(
+        runs, key=lambda name: (list(METHOD_WORDS).index(name.split("@")[0]), -runs[name][0]["learning_rate"])
+    )
+    rows = (
+        (
+            METHOD_WORDS[name.split("@")[0]],
+            f"{runs[name][0]['learning_rate']:.0e}".replace("e-0", "e-"),
+            " ".join(str(run["seed"]) for run in runs[name]),
+            mean(column(runs[name], "score"), ".3f"),
+            mean(column(runs[name], "recovered"), ".2f"),
+            mean(column(runs[name], "drift"), ".3f"),
+        )
+        for name in order
+    )
+    return table(head, rows) if runs else "Not measured yet."
+
+
+def feedback_table() -> str:
+    head = ("seed", "base", "base that reads the feedback", "student, told nothing", "recovered gap", "steps")
+    rows = []
+    for line in lines("feedback.jsonl"):
+        low, high = line["recovered_interval"] or ("–", "–")
+        gap = "–" if line["recovered"] is None else f"{line['recovered']:.2f} ({low:.2f} to {high:.2f})"
+        scores = [f"{line[name]:.3f}" for name in ("base", "teacher", "score")]
+        rows.append((str(line["seed"]), *scores, gap, str(line["steps"])))
+    return table(head, rows) if rows else "Not measured yet."
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "facts controls": facts_controls,
+    "siqa controls": siqa_controls,
+    "steps": step_table,
+    "divergence": divergence_table,
+    "export": export_table,
+    "front": front_table,
+    "feedback": feedback_table,
+}
+_BLOCK = re.compile(r"(<!-- numbers: ([\w ]+) -->\n)(.*?)(<!-- /numbers -->)", re.DOTALL)
+
+# ---- sentences -----------------------------------------------------------------------------------------------------
+
+
+def figures() -> dict[str, Any]:
+    """Every figure that a sentence has, by the name of its placeholder."""
+    demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    facts, siqa = conditions(FACTS), conditions(SIQA)
+    single = {line["name"]: line for line in lines("single_runs.jsonl")}
+    table_of_exports, first = export(), next(iter(STEP_COLUMNS.values()))
+    ours, floor = step_lines("pgkd", first), step_lines("floor", first)
+    reach = [abs(run["recovered"] - end) for run in siqa["pi"] for end in run["recovered_interval"]]
+    values: dict[str, Any] = {
+        **{f"demo_{name}": demo[name] for name in ("base", "teacher", "student", "recovered", "n", "drift")},
+        "demo_low": demo["recovered_interval"][0],
+        "demo_high": demo["recovered_interval"][1],
+        "sft_drift_times": statistics.mean(column(facts["sft"], "drift"))
+        / statistics.mean(column(facts["pi"], "drift")),
+        "export_right": 40 * table_of_exports["trained_score"],
+        "export_adapter": table_of_exports["adapter_effect"],
+        "merge_gib": lines("merge_memory.jsonl")[-1]["peak_rss_gib"],
+        "siqa_reach": max(reach),
+    }
+    for name, runs in (("facts", facts["pi"]), ("siqa", siqa["pi"])):
+        values |= {f"{name}_{key}": statistics.mean(column(runs, key)) for key in ("base", "teacher")}
+        values |= {f"{name}_scores": listing(column(runs, "score"), ".3f")}
+        values |= {f"{name}_recovered": listing(column(runs, "recovered"), ".2f")}
+        values |= {f"{name}_seconds": spread(column(runs, "seconds"), ".0f")}
+        values |= {f"{name}_gib": max(run["peak_memory_mib"]["process"] for run in runs) / 1024}
+    values["facts_drift"] = spread(column(facts["pi"], "drift"), ".2f")
+    for line in single.values():
+        values |= {f"{line['name']}_{key}": value for key, value in line.items()}
+        if "recovered_interval" in line:
+            values |= {f"{line['name']}_{end}": line["recovered_interval"][i] for i, end in enumerate(("low", "high"))}
+    for name, runs in (("ours", ours), ("floor", floor)):
+        for part in ("rollout", "teacher", "student"):
+            values[f"{name}_{part}"] = spread(column(runs, f"{part}_seconds"), ".1f")
+    return values
+
+
+SENTENCES: dict[str, list[str]] = {
+    "README.md": [
+        "right answers on {demo_n} unseen phrasings of 20 facts: base {demo_base:.3f}, base with PI (teacher) "
+        "{demo_teacher:.3f}, student {demo_student:.3f} recovered gap: {demo_recovered:.3f} (95% interval "
+        "{demo_low:.2f} to {demo_high:.2f}, n={demo_n} in 20 groups, bootstrap) drift on 16 neutral prompts: "
+        "{demo_drift:.4f} nats/token",
+        "on held-out questions, from {terse_base:.2f} to {terse_score:.2f} (teacher {terse_teacher:.2f}); right "
+        "answers stay where they were ({terse_right_base:.2f} and {terse_right_score:.2f})",
+        "forgets {sft_drift_times:.0f} times as much of everything else",
+        "base {siqa_base:.3f}, teacher {siqa_teacher:.3f}; right is an answer",
+        "A run's own 95 % interval of the recovered gap reaches {siqa_reach:.2f} to either side.",
+        "exactly one option in {siqa_names_names_one:.2f} of their answers (base {siqa_names_base_names_one:.2f}), and "
+        "of those {siqa_names_right_of_those:.2f} are right",
+        "(`asdiv_cpu`, n={asdiv_n}, seed 0) the student stays at {asdiv_score:.2f} right (base {asdiv_base:.2f}, "
+        "teacher {asdiv_teacher:.2f})",
+        "rollout {ours_rollout} s ({floor_rollout}: each token",
+        "the teacher's pass {ours_teacher} s ({floor_teacher}; attention)",
+        "student with the divergence {ours_student} s ({floor_student}; LoRA",
+        "{export_right:.0f} of 40 answers right before",
+        "moves the base by {export_adapter:.2f} nats a token",
+        "adapter peaks at {merge_gib:.1f} GiB of memory",
+    ],
+    FACTS: [
+        "{facts_seconds} s of training with one thread beside other work, {facts_gib:.1f} GiB",
+        "on the 40 held-out questions base {facts_base:.3f}, teacher with PI {facts_teacher:.3f}, student "
+        "{facts_scores} with seeds 0, 1, 2; recovered {facts_recovered}; drift {facts_drift} nats/token.",
+    ],
+    SIQA: [
+        "{siqa_seconds} s of training with one thread beside other work, {siqa_gib:.1f} GiB",
+        "Base {siqa_base:.3f}, teacher with PI {siqa_teacher:.3f}, student {siqa_scores} (recovered {siqa_recovered}; "
+        "95% intervals reach {siqa_reach:.2f} to either side).",
+        "it does in {siqa_names_names_one:.2f} of its answers (base {siqa_names_base_names_one:.2f}), and of those "
+        "{siqa_names_right_of_those:.2f} are right (base {siqa_names_base_right_of_those:.2f}, chance "
+        "{siqa_names_chance:.2f})",
+    ],
+    "recipes/asdiv_cpu.yaml": [
+        "on the first {asdiv_n} held-out problems. Right: base {asdiv_base:.2f}, teacher with PI {asdiv_teacher:.2f}, "
+        "student {asdiv_score:.2f}, recovered {asdiv_recovered:.2f} (95% interval {asdiv_low:.2f} to {asdiv_high:.2f})",
+        "makes most use of the answer: {asdiv_wordings_this:.2f} right",
+        'in one short sentence." {asdiv_wordings_calculation:.2f}, the answer alone after the problem '
+        "{asdiv_wordings_answer_alone:.2f}, in the system turn {asdiv_wordings_system:.2f}; the base without it "
+        "{asdiv_wordings_base:.2f}",
+        "{asdiv_seconds_a_step} s a step, {asdiv_peak_gib} GiB",
+    ],
+    "recipes/chatterbot_terse.yaml": [
+        "{terse_seconds} s of training, {terse_peak_gib} GiB",
+        "on the {terse_n} held-out questions (every fifth). Answers of at most five words: base {terse_base:.2f}, "
+        "teacher with PI {terse_teacher:.2f}, student {terse_score:.2f}, recovered {terse_recovered:.2f} (95% interval "
+        "{terse_low:.2f} to {terse_high:.2f}). Right answers: base {terse_right_base:.2f}, teacher "
+        "{terse_right_teacher:.2f}, student {terse_right_score:.2f}.",
+        "the teacher is as terse ({terse_wordings_no_answer:.2f}) but guesses",
+        "falls back into sentences ({terse_wordings_text_low:.2f} to {terse_wordings_text_high:.2f} terse)",
+    ],
+}
+_PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+_GAP = re.compile(r"\s+(?:#\s+)?")
+_FIGURE = r"([-\d](?:[-\d.,%\s#]|e-|to|and){0,60}?)(?!\d|\.\d)"
+
+
+def pattern(sentence: str) -> re.Pattern[str]:
+    """What finds a sentence whatever its figures are, over the ends of lines and comments."""
+    literals = _PLACEHOLDER.sub("\0", sentence).split("\0")
+    return re.compile(_FIGURE.join(_GAP.pattern.join(map(re.escape, re.split(r"\s+", part))) for part in literals))
+
+
+def filled(text: str, sentences: Sequence[str], values: Mapping[str, Any], complaints: list[str]) -> str:
+    """`text` with the figures of its blocks and sentences; what cannot be found is added to `complaints`."""
+    for sentence in sentences:
+        found = list(pattern(sentence).finditer(text))
+        if len(found) != 1:
+            complaints.append(f"the sentence stands there {len(found)} times: {sentence}")
+            continue
+        shown = [format(values[name], form or "") for name, form in _PLACEHOLDER.findall(sentence)]
+        for i, new in reversed(list(enumerate(shown, start=1))):
+            start, end = found[0].span(i)
+            breaks, parts = _GAP.findall(text[start:end]), new.split(" ")
+            if len(breaks) == len(parts) - 1:  # a line ends where it did
+                new = "".join(part + gap for part, gap in zip(parts, [*breaks, ""]))
+            text = text[:start] + new + text[end:]
+    return _BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]]()}\n{block[4]}", text)
+
+
+def all_texts() -> tuple[dict[Path, str], list[str]]:
+    """Every file with figures as it should be, and what was not found."""
+    values, complaints, texts = figures(), [], {}
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    with_figures = dict.fromkeys([*(ROOT / name for name in SENTENCES), *pages])
+    for path in with_figures:
+        name = path.relative_to(ROOT).as_posix()
+        missing: list[str] = []
+        texts[path] = filled(path.read_text(encoding="utf-8"), SENTENCES.get(name, ()), values, missing)
+        complaints += [f"{name}: {what}" for what in missing]
+    texts[FRONT_PICTURE] = front(front_lines())
+    return texts, complaints
+
+
+def differing() -> tuple[dict[Path, str], list[str]]:
+    """The files that are not as they should be, with their new text, and what was not found."""
+    texts, complaints = all_texts()
+    old = {path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in texts}
+    return {path: text for path, text in texts.items() if old[path] != text}, complaints
+
+
+def main(check: bool) -> int:
+    changed, complaints = differing()
+    for path, text in changed.items():
+        print(path.relative_to(ROOT), "differs from the results" if check else "written")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    for complaint in complaints:
+        print(complaint)
+    return 1 if complaints or (check and changed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
