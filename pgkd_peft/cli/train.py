@@ -115,14 +115,9 @@ def _run(
     if config.is_open("rollout_log_steps"):
         config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
-    from ..view.progress import Watch
-    from ..view.terminal import MetricsFileCallback, install
-
     callbacks = [*callbacks, *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
     trainer.run_info.control, trainer.run_info.held_out = data.control, data.held_out
-    trainer.add_callback(MetricsFileCallback())
-    view = install(trainer)
 
     def begin() -> None:
         if data.overwrite:
@@ -139,9 +134,6 @@ def _run(
             raise
         logger.warning("All steps were trained, but the adapter was not saved; that is done now.")
         begin()
-    finally:
-        if isinstance(view, Watch):
-            view.stop()  # gives the terminal its cursor back, also after an error
     trainer.run_info.finished = True
     trainer.save_model()
     if data.control is not None and trainer.is_world_process_zero():
