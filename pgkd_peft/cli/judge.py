@@ -68,8 +68,9 @@ def add_groups(result: Evaluation, group_key: str | None, seed: int) -> None:
     from ..evaluation.groups import recovered_by_group
 
     if group_key is not None and result.scores:
-        scores = (result.scores[name] for name in ("base", "teacher", "student"))
-        result.extra["by_group"] = recovered_by_group(*scores, [row[group_key] for row in result.rows], seed=seed)
+        base, teacher, student = (result.scores[name] for name in ("base", "teacher", "student"))
+        names = [row[group_key] for row in result.rows]
+        result.extra["by_group"] = recovered_by_group(base, teacher, student, names, seed=seed)
 
 
 def add_final_traces(trainer: RunTrainer, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -19,6 +19,7 @@ def recovered_by_group(
     student: Sequence[float],
     groups: Sequence[Hashable],
     *,
+    least: Sequence[float] | None = None,
     level: float = 0.95,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -29,6 +30,9 @@ def recovered_by_group(
     than too narrow), with base and teacher as they were measured; elsewhere (nats) it is a bootstrap over the group's
     rows, and None below :data:`LEAST_ROWS` of them. ``recovered`` and ``interval`` are None where the teacher is not
     better than the base.
+
+    Args:
+        least: of each row, by how much the teacher must be better to be called so; a group needs their sum.
     """
     members: dict[Hashable, list[int]] = {}
     for i, name in enumerate(groups):
@@ -38,7 +42,8 @@ def recovered_by_group(
     for name, rows in members.items():
         scores = [[column[i] for i in rows] for column in (base, teacher, student)]
         before, with_pi, after = (math.fsum(column) / len(rows) for column in scores)
-        recovered = recovered_gap(before, with_pi, after)
+        enough = least is None or with_pi - before > math.fsum(least[i] for i in rows) / len(rows)
+        recovered = recovered_gap(before, with_pi, after) if enough else None
         interval = None
         if recovered is not None and shares:
             interval = [(end - before) / (with_pi - before) for end in wilson(after, len(rows), level)]

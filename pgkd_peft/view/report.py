@@ -63,7 +63,7 @@ def overlay(folder: Path) -> str:
     """The page of all runs below a folder."""
     if not folder.is_dir() or not (runs := runs_below(folder)):
         collect(folder)  # says what is missing
-    return render_runs(folder.resolve().name, [{**run, "metrics": read_metrics(run["folder"])} for run in runs])
+    return render_runs(folder.resolve().name, [{**run, "metrics": read_metrics(Path(run["folder"]))} for run in runs])
 
 
 # ---- the run folder ------------------------------------------------------------------------------------------------

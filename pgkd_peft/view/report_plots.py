@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..run.jsonl import is_number
 
@@ -32,7 +32,7 @@ def escape(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def is_interval(value: Any) -> bool:
+def is_interval(value: Any) -> TypeGuard[Sequence[float]]:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
 
 

@@ -32,7 +32,7 @@ def render_runs(name: str, runs: Sequence[dict[str, Any]]) -> str:
     return page(f"{name} · pgkd report", head, body, shown)
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
+def table(runs: Sequence[dict[str, Any]]) -> str:
     """A row a run: the settings that differ, and the results."""
     settings = differing(runs)
     columns = [name for name in RESULTS if any(run[name] is not None for run in runs)]
