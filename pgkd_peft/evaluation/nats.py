@@ -139,10 +139,12 @@ def recovered_nats(
     recovered = float((base - student).sum() / gap) if gap > SMALLEST_GAP * tokens else None
     interval = None
     names = [groups[i] for i in used] if groups is not None else None
-    scores: Any = [(-losses).tolist() for losses in (base, teacher, student)]
+    likelihoods = [(-losses).tolist() for losses in (base, teacher, student)]
     if samples and recovered is not None:
-        interval = bootstrap_recovered(*scores, groups=names, samples=samples, seed=seed)
-    least = [SMALLEST_GAP * len(answer) for answer in answers]
-    by_group = recovered_by_group(*scores, names, least=least, seed=seed) if names is not None else []
+        interval = bootstrap_recovered(*likelihoods, groups=names, samples=samples, seed=seed)
+    by_group: list[dict[str, Any]] = []
+    if names is not None:
+        least = [SMALLEST_GAP * len(answer) for answer in answers]
+        by_group = recovered_by_group(likelihoods[0], likelihoods[1], likelihoods[2], names, least=least, seed=seed)
     before, with_pi, after = (float(values.sum() / tokens) for values in (base, teacher, student))
     return Nats(recovered, interval, before, with_pi, after, rows=len(used), tokens=tokens, by_group=by_group)

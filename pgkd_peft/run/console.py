@@ -64,14 +64,15 @@ def answers(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]], 
         for row in rows:
             table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
         return table
-    table = Table(title=title, show_header=False, box=None, padding=(0, 1, 0, 0), title_style="bold")
+    table = Table(
+        title=title, show_header=False, box=None, padding=(0, 1, 0, 0), title_style="bold", title_justify="left"
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
-    for i, row in enumerate(rows):
+    for row in rows:
         for heading, cell in zip(headings, row):
             table.add_row(heading, Text(cell) if isinstance(cell, str) else cell)
-        if i < len(rows) - 1:
-            table.add_row()
+        table.add_row()
     return table
 
 
@@ -83,11 +84,13 @@ class _Wrapped(logging.Formatter):
         self.handler = handler
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        isatty = getattr(self.handler.stream, "isatty", None)
-        if isatty is None or not isatty():
-            return text
-        return wrapped(text, shutil.get_terminal_size().columns)
+        return fitted(super().format(record), self.handler.stream)
+
+
+def fitted(text: str, stream: Any) -> str:
+    """The text as `stream` should get it: :func:`wrapped` for a terminal, else as it is."""
+    isatty = getattr(stream, "isatty", None)
+    return wrapped(text, shutil.get_terminal_size().columns) if isatty is not None and isatty() else text
 
 
 def wrapped(text: str, width: int) -> str:

@@ -142,18 +142,19 @@ def results_section(results: Sequence[Mapping[str, Any]]) -> str:
     heads = "".join(f'<th scope="col">{escape(label)}</th>' for _, label in names)
     rows = []
     for result in results:
-        cells = "".join(f"<td>{number(result.get(key))}</td>" for key, _ in names)
+        cells = "".join(cell(label, number(result.get(key))) for key, label in names)
         interval = result.get("recovered_interval")
         between = ""
         if is_interval(interval):
             between = f" <small>{interval[0]:.2f} to {interval[1]:.2f}</small>"
+        gap = f"<b>{number(result.get('recovered'), '.2f')}</b>{between}"
         rows.append(
             f'<tr><th scope="row">{escape(title(result["name"]))}</th>'
-            f"<td><b>{number(result.get('recovered'), '.2f')}</b>{between}</td>{cells}"
-            f"<td>{number(result.get('n'), 'g')}</td><td>{number(result.get('drift'), '.4f')}</td></tr>"
+            f"{cell('recovered gap', gap)}{cells}"
+            f"{cell('n', number(result.get('n'), 'g'))}{cell('drift', number(result.get('drift'), '.4f'))}</tr>"
         )
     table = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table><thead><tr><th></th>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table class="stacks"><thead><tr><th></th>'
         f'<th scope="col">recovered gap</th>{heads}<th scope="col">n</th><th scope="col">drift</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -195,6 +196,11 @@ def groups_box(result: Mapping[str, Any]) -> str:
         if drawn := gap_of_each(usable, f"Recovered gap of each group of held-out rows, least first. {note}"):
             return drawn
     return ""
+
+
+def cell(label: str, inner: str) -> str:
+    """A cell that says on a narrow screen, where a table's rows are stacked, what it holds; `inner` is HTML."""
+    return f'<td data-label="{escape(label)}">{inner}</td>'
 
 
 def title(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..run.jsonl import is_number
+from .report_page import cell as labelled
 from .report_page import fill, page
 from .report_plots import Course, escape, gap_against_drift, gap_of_each
 from .runs import INTERVALS, RESULTS, cell, differing
@@ -43,15 +44,15 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         colour = f'<i class="dot last run-{place % 8}"></i>'
         note = "" if run["finished"] else " <small>not finished</small>"
         differs = ", ".join(f"{name}={cell(run['settings'].get(name))}" for name in settings)
-        cells = "".join(f"<td>{result(run, name)}</td>" for name in columns)
+        cells = "".join(labelled(RESULTS[name], result(run, name)) for name in columns)
         rows.append(
             f'<tr><th scope="row">{colour} {escape(run["run"])}{note}</th>'
             + (f'<td class="settings">{escape(differs)}</td>' if settings else "")
             + f"{cells}</tr>"
         )
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Runs"><table class="runs"><thead><tr><th></th>'
-        f"{what}{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Runs"><table class="runs stacks"><thead>'
+        f"<tr><th></th>{what}{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

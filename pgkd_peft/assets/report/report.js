@@ -58,7 +58,8 @@
       const columns = series.map((s) => { const known = new Map(s.points); return steps.map((step) => known.get(step) ?? null); });
       const figure = make("figure", undefined, "chart");
       const caption = make("figcaption", chart.title + " ");
-      caption.append(make("span", chart.note ?? ""));
+      const [, which] = chart.series.find(([key]) => key === chart.overlay) ?? chart.series[0];
+      caption.append(make("span", [runs && chart.series.length > 1 ? which : "", chart.note ?? ""].filter(Boolean).join(", ")));
       const plot = make("div");
       figure.append(caption, plot);
       figure.setAttribute("role", "group");
