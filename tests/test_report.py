@@ -460,4 +460,4 @@ def test_a_folder_of_runs_in_a_browser(tmp_path):
     assert out["overflow"] <= 0
     assert max(out["tables"]) <= 0
     assert out["charts"] == 5 - 1  # score: of base alone, which is no run's own
-    assert all("one:" in legend and "two:" in legend for legend in out["legends"])
+    assert all("one" in legend and "two" in legend for legend in out["legends"])
