@@ -272,24 +272,29 @@ WIDTH = 900  # pixels, about what GitHub shows a README in: there the picture ke
 COLUMNS = 84  # of a terminal's picture: at 17 px a monospaced letter is a little over 10 px wide
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #16161a; color: #dcdce2; }}
-pre {{ margin: 0; padding: 14px 18px; font: 17px/1.25 "DejaVu Sans Mono", monospace; }}
+pre {{ margin: 0; padding: 14px 18px; font: 17px/1.17 "DejaVu Sans Mono", monospace; }}
+i.dots {{ display: inline-block; width: 1ch; height: 1.17em; vertical-align: top; font-style: normal; }}
+i.dots b {{ display: inline-block; font-weight: 400; transform: scaleX(.82); transform-origin: 0 0; }}
 </style><pre>{code}</pre>"""
 
 
 def pictures(run: Path) -> None:
     """inspect.png, live.png and report.png, each WIDTH pixels wide."""
+    from rich.terminal_theme import MONOKAI
+
     from pgkd_peft.view.report import write_report
 
     with tempfile.TemporaryDirectory() as folder:
         for name, draw in (("inspect", draw_inspect), ("live", lambda console: draw_live(console, run))):
             console = recording()
             draw(console)
-            text = console.export_html(inline_styles=True, code_format=TERMINAL)
+            text = console.export_html(theme=MONOKAI, inline_styles=True, code_format=TERMINAL)
+            text = re.sub(r"([\u2800-\u28ff])", r'<i class="dots"><b>\1</b></i>', text)  # few fonts have them narrow
             page = Path(folder) / f"{name}.html"
             page.write_text(text, encoding="utf-8")
-            lines = text.split("<pre>")[1].count("\n")
-            photograph(page, PICTURES / f"{name}.png", 28 + round(lines * 17 * 1.25))
-        photograph(write_report(run, Path(folder) / "report.html"), PICTURES / "report.png", 1180)
+            lines = text.split("<pre>")[1].split(" all rows ")[0].count("\n")
+            photograph(page, PICTURES / f"{name}.png", 20 + round(lines * 17 * 1.17))
+        photograph(write_report(run, Path(folder) / "report.html"), PICTURES / "report.png", 935)
 
 
 def recording() -> Any:
@@ -301,11 +306,11 @@ def recording() -> Any:
 
 
 def draw_inspect(console: Any) -> None:
-    """What `pgkd inspect` prints of one row of the demo's."""
+    """What `pgkd inspect` prints of two rows of the demo's, with PI and without; the totals below are cut off."""
     import pgkd_peft.cli.inspect as command
 
     command.make_console = lambda no_color=False: console
-    command.main(["--config", str(ROOT / "recipes" / "facts_cpu.yaml"), "--rows", "1"])
+    command.main(["--config", str(ROOT / "recipes" / "facts_cpu.yaml"), "--rows", "2"])
 
 
 def draw_live(console: Any, run: Path) -> None:

@@ -187,6 +187,20 @@ def test_results_from_both_files_once_with_controls(tmp_path):
     assert [result["name"] for result in read_results(tmp_path)] == ["this run", "no PI", "eval_shuffled"]
 
 
+def test_a_run_that_was_judged_without_labels(tmp_path):
+    nats = {"sentence": "78 % of what the PI changes was taken over", "by_group": [
+        {"group": "moon", "n": 6, "recovered": 0.7, "interval": [0.5, 0.9]},
+    ]}  # fmt: skip
+    judged = {"recovered": None, "recovered_nats": 0.78, "recovered_nats_interval": [0.7, 0.85], "n": 40, "nats": nats}
+    (tmp_path / "eval_results.json").write_text(json.dumps(judged))
+    text = Page(render(collect(tmp_path))).text
+    assert "recovered, in nats0.7895% interval 0.70 to 0.85" in text
+    assert "Without labels: 78 % of what the PI changes was taken over." in text
+    assert "No evaluation" not in text
+    assert "moon n=6" in text
+    assert "0.70 0.50 to 0.90" in text
+
+
 def test_the_gap_while_training_where_nothing_was_evaluated_afterwards(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"seed": 0, "control": "shuffled"}))
     gaps = (0.1, 0.75, 0.5)

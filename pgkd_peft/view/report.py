@@ -32,6 +32,8 @@ MOST_STEPS = 40
 """Traced steps that the page holds; of more, evenly spread ones."""
 MOST_POINTS = 2000
 MOST_LOGGED = 24
+JUDGED = ("base", "teacher", "student", "recovered_nats")
+"""What an evaluation has at least one of; without labels there are no scores."""
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -127,9 +129,9 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
         paths.append(run_dir / SUMMARY_FILE)
     for path in paths:
         result = read_json(path)
-        if any(is_number(result.get(key)) for key in ("base", "teacher", "student")):
-            numbers = [result.get(key) for key in ("base", "teacher", "student")]
-            if numbers not in [[other.get(key) for key in ("base", "teacher", "student")] for other in found]:
+        if any(is_number(result.get(key)) for key in JUDGED):
+            numbers = [result.get(key) for key in JUDGED]
+            if numbers not in [[other.get(key) for key in JUDGED] for other in found]:
                 name = "this run" if path.name in (SUMMARY_FILE, RESULTS_FILE) else path.stem
                 found.append({**result, "name": str(result.get("name", name))})
         controls = result.get("controls")

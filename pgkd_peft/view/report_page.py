@@ -142,7 +142,7 @@ def results_section(results: Sequence[Mapping[str, Any]]) -> str:
     heads = "".join(f'<th scope="col">{escape(label)}</th>' for _, label in names)
     rows = []
     for result in results:
-        cells = "".join(cell(label, number(result.get(key))) for key, label in names)
+        cells = "".join(cell(key.replace("_", " "), number(result.get(key))) for key, _ in names)
         interval = result.get("recovered_interval")
         between = ""
         if is_interval(interval):
@@ -200,7 +200,7 @@ def groups_box(result: Mapping[str, Any]) -> str:
 
 def cell(label: str, inner: str) -> str:
     """A cell that says on a narrow screen, where a table's rows are stacked, what it holds; `inner` is HTML."""
-    return f'<td data-label="{escape(label)}">{inner}</td>'
+    return f'<td data-label="{escape(label)}"><span>{inner}</span></td>'
 
 
 def title(name: str) -> str:
@@ -230,7 +230,7 @@ def gap_bar(result: Mapping[str, Any]) -> str:
 def details_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Length and leakage of each column's answers, and of each control's student, where the evaluation has them."""
     columns = results[0].get("columns")
-    if not isinstance(columns, Mapping):
+    if not isinstance(columns, Mapping) or not columns:
         return ""
     rows = [(LABELS.get(name, name), column) for name, column in columns.items()]
     for result in results[1:]:

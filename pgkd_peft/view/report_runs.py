@@ -10,6 +10,7 @@ from .report_page import cell as labelled
 from .report_page import fill, page
 from .report_plots import Course, escape, gap_against_drift, gap_of_each
 from .runs import INTERVALS, RESULTS, cell, differing
+from .runs import result as in_table
 from .words import duration
 
 
@@ -61,7 +62,7 @@ def result(run: Mapping[str, Any], name: str) -> str:
     if name == "seconds" and is_number(value):
         return escape(duration(value))
     interval = run[INTERVALS[name]] if name in INTERVALS else None
-    return escape(cell(value)) + (f" <small>{escape(cell(interval))}</small>" if interval else "")
+    return escape(in_table(name, value)) + (f" <small>{escape(cell(interval))}</small>" if interval else "")
 
 
 def gaps(runs: Sequence[Mapping[str, Any]]) -> str:

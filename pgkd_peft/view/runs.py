@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..run.console import SIDE_BY_SIDE
 from ..run.folder import METRICS_FILE, RESULTS_FILE, RUN_FILE, is_checkpoint
 from ..run.jsonl import is_number, read_json, read_lines
 
@@ -101,31 +102,39 @@ def sort_runs(runs: list[dict[str, Any]], by: str | None) -> list[dict[str, Any]
     return some + [run for run in runs if value(run) is None]
 
 
-def table(runs: Sequence[dict[str, Any]]) -> Any:
-    """A rich table: a line a run, the differing settings first."""
+def table(runs: Sequence[dict[str, Any]], width: int = SIDE_BY_SIDE) -> Any:
+    """A rich table: a line a run, the differing settings beside its name, or, in less than 110 columns, below it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    settings = differing(runs)
+    settings, wide = differing(runs), width >= SIDE_BY_SIDE
     shown = Table(
-        box=box.SIMPLE, caption="settings that are the same in all runs are left out" if len(runs) > 1 else None
+        box=box.SIMPLE,
+        pad_edge=wide,
+        padding=(0, 1) if wide else (0, 1, 0, 0),
+        caption="settings that are the same in all runs are left out" if len(runs) > 1 else None,
     )
     shown.add_column("run", overflow="fold")
-    if settings:
+    if settings and wide:
         shown.add_column("what differs", overflow="fold", min_width=20)
     columns = [name for name in RESULTS if name not in INTERVALS or any(run[name] is not None for run in runs)]
     for name in columns:
-        shown.add_column(RESULTS[name], justify="right")
+        shown.add_column(RESULTS[name], justify="right", no_wrap=True)
     for run in runs:
-        cells = [run["run"] + ("" if run["finished"] else " (not finished)")]
-        if settings:
-            cells.append("\n".join(f"{name}={cell(run['settings'].get(name))}" for name in settings))
-        for name in columns:
-            interval = run[INTERVALS[name]] if name in INTERVALS else None
-            cells.append(cell(run[name]) + (f"\n{cell(interval)}" if interval else ""))
+        name = run["run"] + ("" if run["finished"] else " (not finished)")
+        differs = [f"{setting}={cell(run['settings'].get(setting))}" for setting in settings]
+        cells = [name, *(["\n".join(differs)] if settings else [])] if wide else ["\n ".join([name, *differs])]
+        for column in columns:
+            interval = run[INTERVALS[column]] if column in INTERVALS else None
+            cells.append(result(column, run[column]) + (f"\n{cell(interval)}" if interval else ""))
         shown.add_row(*map(Text, cells))
     return shown
+
+
+def result(column: str, value: Any) -> str:
+    """A result as the table has it."""
+    return "–" if value is None else f"{value:.0f}" if column == "seconds" else f"{value:.3f}"
 
 
 def cell(value: Any) -> str:
