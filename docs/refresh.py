@@ -1,11 +1,12 @@
 """Makes what is made by program: docs/api.md, the table in docs/architectures.md, the outputs in docs/walkthrough.md,
-the notebook's stored outputs.
+the notebook's stored outputs, the README's pictures.
 
     python docs/refresh.py api            docstrings -> api.md (a test checks that it is up to date)
     python docs/refresh.py architectures  results of `make zoo` -> the tables in architectures.md, and TESTED in
                                           pgkd_peft/conformance.py (checked as well)
     python docs/refresh.py walkthrough    runs the walkthrough's commands in a fresh clone, and stores what they print
     python docs/refresh.py notebook       runs the notebook with its own settings, and stores its outputs
+    python docs/refresh.py pictures RUN   draws the README's pictures from the folder of a run of the demo (Chromium)
 
 Of what commands print, the folders that they ran in are left out; nothing else is changed.
 """
@@ -14,15 +15,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 API = ROOT / "docs" / "api.md"
@@ -315,8 +319,105 @@ def _joined(outputs: list) -> Iterator:
         yield last
 
 
-def main(what: str) -> None:
-    if what == "api":
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+PICTURES = ROOT / "examples" / "images"
+WIDTH = 900  # pixels, about what GitHub shows a README in: there the picture keeps its size
+COLUMNS = 84  # of a terminal's picture: at 17 px a monospaced letter is a little over 10 px wide
+TERMINAL = """<!doctype html><meta charset="utf-8"><style>
+body {{ margin: 0; background: #16161a; color: #dcdce2; }}
+pre {{ margin: 0; padding: 14px 18px; font: 17px/1.17 "DejaVu Sans Mono", monospace; }}
+i.dots {{ display: inline-block; width: 1ch; height: 1.17em; vertical-align: top; font-style: normal; }}
+i.dots b {{ display: inline-block; font-weight: 400; transform: scaleX(.82); transform-origin: 0 0; }}
+</style><pre>{code}</pre>"""
+
+
+def pictures(run: Path) -> None:
+    """inspect.png, live.png and report.png, each WIDTH pixels wide."""
+    from rich.terminal_theme import MONOKAI
+
+    from pgkd_peft.view.report import write_report
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, draw in (("inspect", draw_inspect), ("live", lambda console: draw_live(console, run))):
+            console = recording()
+            draw(console)
+            text = console.export_html(theme=MONOKAI, inline_styles=True, code_format=TERMINAL)
+            text = re.sub(r"([\u2800-\u28ff])", r'<i class="dots"><b>\1</b></i>', text)  # few fonts have them narrow
+            page = Path(folder) / f"{name}.html"
+            page.write_text(text, encoding="utf-8")
+            lines = text.split("<pre>")[1].split(" all rows ")[0].count("\n")
+            photograph(page, PICTURES / f"{name}.png", 20 + round(lines * 17 * 1.17))
+        photograph(write_report(run, Path(folder) / "report.html"), PICTURES / "report.png", 935)
+
+
+def recording() -> Any:
+    from rich.console import Console
+
+    return Console(
+        record=True, file=io.StringIO(), width=COLUMNS, height=64, force_terminal=True, color_system="truecolor"
+    )
+
+
+def draw_inspect(console: Any) -> None:
+    """What `pgkd inspect` prints of two rows of the demo's, with PI and without; the totals below are cut off."""
+    import pgkd_peft.cli.inspect as command
+
+    command.make_console = lambda no_color=False: console
+    command.main(["--config", str(ROOT / "recipes" / "facts_cpu.yaml"), "--rows", "2"])
+
+
+def draw_live(console: Any, run: Path) -> None:
+    """The terminal as it was at the run's last rollout log: the rollouts, and the view below them."""
+    from types import SimpleNamespace
+
+    from pgkd_peft.rollout_log import show
+    from pgkd_peft.run.console import drawing_on
+    from pgkd_peft.run.jsonl import is_number, read_json, read_lines
+    from pgkd_peft.view.progress import Pace
+    from pgkd_peft.view.terminal import LiveView
+
+    logged = read_lines(run / "completions.jsonl")
+    step = logged[-1]["step"]
+    seen = [line for line in read_lines(run / "metrics.jsonl") if line["step"] <= step and "train_runtime" not in line]
+    view = LiveView(SimpleNamespace(args=SimpleNamespace(output_dir=run)), console)  # type: ignore[arg-type]
+    for line in seen:
+        for name, value in line.items():
+            if is_number(value):
+                view.history[name].append(value)
+    steps = read_json(run / "run.json")["config"]["max_steps"]
+    view.step, view.max_steps, view.epoch, view.status = step, steps, seen[-1]["epoch"], "training"
+    view.rollout = (logged[-1]["question"], logged[-1]["rollout"])
+    seconds = (seen[-1]["time"] - seen[0]["time"]) / (seen[-1]["step"] - seen[0]["step"])
+
+    class AsItWas(Pace):
+        elapsed = seconds * step
+        seconds_a_step = seconds
+
+    view.pace = AsItWas()
+    with drawing_on(console):
+        show([record for record in logged if record["step"] == step], 240)
+    console.print(view.render())
+
+
+def photograph(page: Path, picture: Path, height: int) -> None:
+    """The page in Chromium, WIDTH x `height` pixels of it."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        sys.exit("pictures are drawn by Chromium, which is not installed")
+    quiet = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
+    switches = ("headless", "no-sandbox", "disable-gpu", "hide-scrollbars", *quiet, "virtual-time-budget=5000")
+    flags = [f"--{switch}" for switch in (*switches, f"window-size={WIDTH},{height}", f"screenshot={picture}")]
+    with tempfile.TemporaryDirectory() as profile:
+        command = [browser, *flags, f"--user-data-dir={profile}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    print(picture)
+
+
+def main(what: str, run: str | None = None) -> None:
+    if what == "pictures" and run is not None:
+        pictures(Path(run))
+    elif what == "api":
         API.write_text(api_markdown(), encoding="utf-8")
     elif what == "architectures":
         ARCHITECTURES.write_text(architectures(ARCHITECTURES.read_text(encoding="utf-8")), encoding="utf-8")
@@ -330,4 +431,4 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) == 2 else "")
+    main(*sys.argv[1:3]) if len(sys.argv) > 1 else sys.exit(__doc__)

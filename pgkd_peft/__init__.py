@@ -11,6 +11,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .run import console as _console
+
 # trl.experimental warns at import that it may change; pyproject.toml therefore pins TRL's minor version.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 # bitsandbytes looks for an optional inference kernel on the Hub at import, and warns when it is not there.
@@ -38,6 +40,14 @@ __all__ = [
     "RecoveredGapCallback",
     "__version__",
 ]
+
+
+def _view(trainer: Any) -> Any:
+    """What shows a training, see :func:`pgkd_peft.view.terminal.install`."""
+    return import_module(".view.terminal", __name__).install(trainer)
+
+
+_console.make_view = _view
 
 
 def __getattr__(name: str) -> Any:  # torch is only imported when a name that needs it is asked for

@@ -24,6 +24,7 @@ from .data.check import DataReport
 from .errors import CheckpointError, ConfigError, RunFinished
 from .model.adapters import STUDENT, adapter_state, load_adapter
 from .model.frozen import FrozenCheck, ProbeCallback
+from .run import console
 from .run.checkpoint import (
     STATE_FILE,
     TEACHER_FILE,
@@ -43,6 +44,7 @@ from .run.folder import CARD_FILE
 from .run.info import RunInfo
 from .run.interrupt import interruptible
 from .run.meters import Meters, means_of, over_ranks
+from .run.metrics import MetricsFileCallback
 from .run.place import locked
 from .run.resume import Continue, check_belongs, progress_file, readable_state
 from .trl_compat import log_progress
@@ -97,6 +99,7 @@ class RunTrainer(SFTTrainer):
         self.run_info = RunInfo(self, loaded, report)
         self.meters = Meters(self.args.device)
         self.add_callback(ProbeCallback(self.frozen))
+        self.add_callback(MetricsFileCallback())
 
     def say(self, line: str) -> None:
         """One line of the run's own log, on the main process alone."""
@@ -110,7 +113,9 @@ class RunTrainer(SFTTrainer):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; the run folder then holds ``run.json``, and the base is proven unchanged at the end.
+        """Train; the run folder then holds ``run.json`` and ``metrics.jsonl``, and the base is proven unchanged at the
+        end. Shown as it suits the place: a live view in a terminal, one in a notebook, else (and with
+        ``disable_tqdm``) a line a log.
 
         Args:
             resume_from_checkpoint: True for the last whole checkpoint of the run folder, or a checkpoint's folder. The
@@ -126,10 +131,19 @@ class RunTrainer(SFTTrainer):
         self._prepare_gap_callbacks()
         run_dir = str(self.args.output_dir)
         checkpoint = find_checkpoint(run_dir, resume_from_checkpoint)
-        with explain_full_disk(run_dir), locked(run_dir), interruptible(self), self.run_info.recording():
-            result = super().train(checkpoint, *args, **kwargs)
-            self.frozen.verify("at the end of training", probe=True)
+        watched = console.make_view(self) if console.make_view is not None else None
+        try:
+            with explain_full_disk(run_dir), locked(run_dir), interruptible(self), self.run_info.recording():
+                result = super().train(checkpoint, *args, **kwargs)
+                self.frozen.verify("at the end of training", probe=True)
+        finally:
+            if watched is not None:
+                watched.stop()  # gives the terminal its cursor back, also after an error
+        self.when_trained()
         return result
+
+    def when_trained(self) -> None:
+        """What a subclass does when a training has come to its end."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was measured since the last log: means over tokens, rows or optimizer steps, over all ranks."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -25,6 +27,8 @@ TEACHERS = ("disabled", "shared", "initial", "ema")
 ENGINES = ("auto", "adapter", "merged")
 WITHOUT_FEEDBACK = ("anchor", "skip")
 CLIP_MODES = ("entry", "token", "rescale")
+TRACKER_EXTRAS = ("tensorboard", "trackio", "wandb")
+"""Trackers that an extra of this package installs."""
 
 DIVERGENCE_IN_WORDS = {
     0.0: "forward KL(teacher || student): the student must cover everything that the teacher may say",
@@ -433,9 +437,15 @@ class PrivilegedGKDConfig(GKDConfig):
                     f"report_to is {name!r}; accepted are none, all, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
                 )
             if name not in there:
+                package = f'"pgkd-peft[{name}]"' if name in TRACKER_EXTRAS else name.replace("_", "-")
                 raise ConfigError(
-                    f"report_to is {name!r}, whose package is not installed: pip install {name.replace('_', '-')}, or "
+                    f"report_to is {name!r}, whose package is not installed: pip install {package}, or "
                     "leave it out (report_to none; every run folder has metrics.jsonl)."
+                )
+            if name == "wandb" and not _wandb_can_start():
+                raise ConfigError(
+                    "report_to is 'wandb', but there is no key for it: run `wandb login`, set WANDB_API_KEY, or "
+                    "WANDB_MODE=offline to keep the run on this machine."
                 )
 
     def divergence_in_words(self) -> str:
@@ -457,6 +467,17 @@ class PrivilegedGKDConfig(GKDConfig):
         if self.skip_first_tokens:
             extras.append(f"without the first {self.skip_first_tokens} tokens")
         return ", ".join([f"beta={self.beta:g}: {words}", *extras]) + "; mean over completion tokens, in nats"
+
+
+def _wandb_can_start() -> bool:
+    """Whether wandb needs no key, or has one; without, it fails when training begins."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))  # looks for a key, and asks neither user nor network
+    return bool(wandb.api.api_key)  # of older versions
 
 
 def _default_of(f: Any) -> Any:

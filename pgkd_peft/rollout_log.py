@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from transformers import TrainerCallback
 
 from .compare import Reading, compare, read
-from .data.tokens import decode, token_texts
+from .data.tokens import decode, question, special_texts, token_texts, visible
 from .model.adapters import adapter_state
 from .rollout import generate
 from .rows import Row
-from .run.folder import COMPLETIONS_FILE, TRACE_FILE
-from .run.jsonl import append_lines
+from .run.console import answers, shared_console
+from .run.folder import COMPLETIONS_FILE, FINAL_TRACE_FILE, TRACE_FILE
+from .run.jsonl import append_lines, as_line, write_whole
 
 
 class RolloutLogCallback(TrainerCallback):
@@ -37,7 +39,7 @@ class RolloutLogCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.rollout_log_steps or not self.trainer.is_world_process_zero():
             return
-        rows = _distinct(self.trainer.last_rows)[: args.rollout_log_samples]
+        rows = distinct(self.trainer.last_rows)[: args.rollout_log_samples]
         records = self.answer(rows, state.global_step)
         append_lines(Path(args.output_dir) / COMPLETIONS_FILE, records)
         append_traces(args.output_dir, trace_rows(self.trainer, rows), state.global_step)
@@ -58,6 +60,7 @@ class RolloutLogCallback(TrainerCallback):
         return [
             {
                 "step": step,
+                "question": question(tokenizer, row.prompt),
                 "prompt": tokenizer.decode(row.prompt),
                 "teacher_prompt": tokenizer.decode(row.teacher_prompt),
                 "student": tokenizer.decode(own, skip_special_tokens=True).strip(),
@@ -69,29 +72,25 @@ class RolloutLogCallback(TrainerCallback):
         ]
 
 
-def _distinct(rows: list[Row]) -> list[Row]:
+def distinct(rows: list[Row]) -> list[Row]:
     """One row a prompt, rows with PI first: they are what there is to see."""
     first = {tuple(row.prompt): row for row in reversed(rows)}
     return sorted(first.values(), key=lambda row: not row.has_privileged)
 
 
 def show(records: list[dict[str, Any]], max_chars: int) -> None:
-    """Print a table of rollouts to the console."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """Print rollouts to the console, above the view of the run where there is one."""
 
-    def cut(text: str, *, tail: bool = False) -> Text:
+    def cut(text: str, *, tail: bool = False) -> str:
         if len(text) > max_chars:
             text = "…" + text[-max_chars:] if tail else text[:max_chars] + "…"
-        return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
+        return visible(text)
 
-    table = Table(title=f"Rollouts at step {records[0]['step']}" if records else "No rollouts", show_lines=True)
-    for column in ("prompt", "student (no PI)", "teacher (PI)"):
-        table.add_column(column, ratio=1, overflow="fold")
-    for record in records:
-        table.add_row(cut(record["prompt"], tail=True), cut(record["student"]), cut(record["teacher"]))
-    Console().print(table)
+    console = shared_console()
+    headings = ("prompt", "student (no PI)", "teacher (PI)")
+    rows = [(cut(r["question"], tail=True), cut(r["student"]), cut(r["teacher"])) for r in records]
+    title = f"Rollouts at step {records[0]['step']}" if records else "No rollouts"
+    console.print(answers(title, headings, rows, console.width))
 
 
 # ---- token by token -------------------------------------------------------------------------------------------------
@@ -106,11 +105,11 @@ def trace_rows(trainer: Any, rows: Sequence[Row], *, top: int = TOP) -> list[dic
     completion tokens, in chunks of ``loss_chunk_mib``.
 
     Returns:
-        One dict of plain JSON types a row: ``prompt``, ``teacher_prompt`` (text, special tokens visible),
-        ``has_privileged``, ``truncated``, ``generated``, and lists with one entry a completion token: ``tokens``
-        (text), ``divergence`` (nats, as the loss measures it, but never clipped), ``in_loss``, ``student_p`` and
-        ``teacher_p`` (probability of the token), ``student_top`` and ``teacher_top`` (the `top` likeliest tokens as
-        [text, probability]).
+        One dict of plain JSON types a row: ``question`` (what is asked, for people), ``prompt``, ``teacher_prompt``
+        (text, special tokens visible), ``special`` (the texts of those tokens), ``has_privileged``, ``truncated``,
+        ``generated``, and lists with one entry a completion token: ``tokens`` (text), ``divergence`` (nats, as the loss
+        measures it, but never clipped), ``in_loss``, ``student_p`` and ``teacher_p`` (probability of the token),
+        ``student_top`` and ``teacher_top`` (the `top` likeliest tokens as [text, probability]).
     """
     tokenizer = trainer.processing_class
     records = []
@@ -123,8 +122,10 @@ def trace_rows(trainer: Any, rows: Sequence[Row], *, top: int = TOP) -> list[dic
         kept = set(range(len(row.completion))[row.keep])
         records.append(
             {
+                "question": question(tokenizer, row.prompt),
                 "prompt": decode(tokenizer, row.prompt),
                 "teacher_prompt": decode(tokenizer, row.teacher_prompt),
+                "special": special_texts(tokenizer, row.teacher_prompt),
                 "has_privileged": row.has_privileged,
                 "truncated": row.truncated,
                 "generated": row.generated,
@@ -184,6 +185,28 @@ def _candidates(
             texts = [decode(trainer.processing_class, [i]) for i in row_index]
             likeliest.append([[text, round(p, 5)] for text, p in zip(texts, row_values)])
     return own, likeliest
+
+
+def write_final_traces(trainer: Any, rows: Sequence[Row], *, held_out: bool = False) -> None:
+    """The trained student's own greedy answers to the prompts of `rows`, token by token, into
+    ``final_traces.jsonl`` of the run folder, in place of what is there.
+
+    Args:
+        held_out: whether the rows were kept from training.
+    """
+    args = trainer.args
+    with trainer.student_weights() as model:
+        written = generate(
+            model,
+            [row.prompt for row in rows],
+            max_new_tokens=args.max_new_tokens,
+            stop_ids=trainer.stop_ids,
+            pad_id=trainer.pad_id,
+        )
+    answered = [replace(row.answered(ids, trainer.stop_ids), keep=slice(0, None)) for row, ids in zip(rows, written)]
+    found = {"step": trainer.state.global_step, "held_out": held_out}
+    lines = (as_line({**found, **record}) for record in trace_rows(trainer, answered))
+    write_whole(Path(args.output_dir) / FINAL_TRACE_FILE, "".join(lines))
 
 
 def append_traces(folder: str | os.PathLike, records: Iterable[dict[str, Any]], step: int) -> None:

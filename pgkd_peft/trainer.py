@@ -49,7 +49,7 @@ from .model.load import base_of
 from .model.student import build_student, context_length, find_tokenizer, hidden_size
 from .prefix import plan_teacher
 from .rollout import generate, generate_mixed, window_generator
-from .rollout_log import RolloutLogCallback
+from .rollout_log import RolloutLogCallback, distinct, write_final_traces
 from .rows import Row, pack, rows_of
 from .run.console import logger, show_log_lines
 from .run.health import HealthCallback
@@ -438,6 +438,12 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             warning = starting_adapter_warning(self.model)
             if warning:
                 logger.warning(warning)
+
+    def when_trained(self) -> None:
+        """The trained student's answers, token by token, for the report."""
+        args = self.args
+        if args.rollout_log_steps and self.last_rows and self.is_world_process_zero():
+            write_final_traces(self, distinct(self.last_rows)[: args.rollout_log_samples])
 
     @property
     def _mode(self) -> str:

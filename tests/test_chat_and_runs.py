@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from runs import make_trainer
 from tiny import save_tiny
 
 from pgkd_peft import cli
 from pgkd_peft.cli import chat
-from pgkd_peft.view.runs import differing, find_runs, sort_runs
+from pgkd_peft.view.runs import RESULTS, differing, find_runs, sort_runs, table
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,21 @@ def test_runs_are_found_with_what_came_of_them(runs, capsys):
     assert "learning_rate" in shown
     assert cli.main(["runs", str(runs), "--json", "--sort", "drift"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["run"] == "b"
+
+
+@pytest.mark.parametrize("width", [80, 109, 110, 160])
+def test_the_table_of_runs_shows_every_column(runs, width):
+    found = [
+        {**run, "recovered_nats": 0.5, "nats_interval": [0.25, 0.75], "seconds": 1234.5} for run in find_runs(runs)
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(found, width))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    for words in (*RESULTS.values(), "0.400", "0.10 to 0.70", "0.25 to 0.75", "learning_rate=0.01", "1234", "0.020"):
+        assert words in shown, words
+    heading = next(line for line in shown.splitlines() if "divergence" in line)
+    assert ("what differs" in heading) == (width >= 110)
 
 
 def test_no_runs_and_no_such_column(runs, tmp_path, capsys):

@@ -169,6 +169,9 @@ def test_train_holds_out_and_judges(run):
     assert "recovered_nats" in results
     assert [each["prompt"] for each in lines(run / "run" / "eval_answers.jsonl")] == prompts(held)
     assert "4 held-out rows" in (run / "run" / "README.md").read_text()
+    final = lines(run / "run" / "final_traces.jsonl")
+    assert [each["question"] for each in final] == prompts(held)
+    assert all(each["held_out"] for each in final)
 
 
 def test_eval_judges_the_same_rows_with_the_run_s_settings(run, capsys):

@@ -99,6 +99,14 @@ def test_a_run_is_one_output_replaced_in_place(make_trainer, notebook):
     assert last.tags.count("svg") == last.tags.count("polyline") >= 6
 
 
+def test_a_training_from_python_is_shown_in_the_notebook(make_trainer, notebook):
+    trainer = make_trainer(config={"max_steps": 2, "disable_tqdm": False})
+    with capture_output() as captured:
+        trainer.train()
+    assert "step 2/2" in Page(pictures(captured)[-1]).text
+    assert "done" in Page(pictures(captured)[-1]).text
+
+
 def test_text_stays_text(make_trainer, tmp_path):
     trainer, view = watched(make_trainer, output_dir=str(tmp_path / "<b>run"))
     view = NotebookView(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from pgkd_peft.rows import rows_of
 from pgkd_peft.run.jsonl import append_lines
 from pgkd_peft.view.report import choose_traces, collect, read_metrics, read_results, write_report
 from pgkd_peft.view.report_page import csp_hash, number, render, script_json
+from pgkd_peft.view.report_plots import Course, gap_against_drift, gap_of_each, ticks
 from pgkd_peft.view.words import inserted, spread
 
 HOSTILE = (
@@ -100,8 +102,13 @@ def fill(folder, text="fact"):
     answers = {"base": text, "student": "yes", text: ""}
     append_lines(
         folder / "eval_answers.jsonl",
-        [{"prompt": text, "privileged": text, "answers": answers, "scores": {"base": 0.0, "student": 1.0}}],
+        [
+            {"prompt": text, "privileged": text, "answers": answers, "scores": {"base": base, "student": student}}
+            for base, student in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
+        ],
     )
+    final = [trace(3, text, question=f"{text} {i}?", special=["<user>", "<end>"], held_out=True) for i in range(3)]
+    append_lines(folder / "final_traces.jsonl", final)
     return folder
 
 
@@ -180,6 +187,20 @@ def test_results_from_both_files_once_with_controls(tmp_path):
     assert [result["name"] for result in read_results(tmp_path)] == ["this run", "no PI", "eval_shuffled"]
 
 
+def test_a_run_that_was_judged_without_labels(tmp_path):
+    nats = {"sentence": "78 % of what the PI changes was taken over", "by_group": [
+        {"group": "moon", "n": 6, "recovered": 0.7, "interval": [0.5, 0.9]},
+    ]}  # fmt: skip
+    judged = {"recovered": None, "recovered_nats": 0.78, "recovered_nats_interval": [0.7, 0.85], "n": 40, "nats": nats}
+    (tmp_path / "eval_results.json").write_text(json.dumps(judged))
+    text = Page(render(collect(tmp_path))).text
+    assert "recovered, in nats0.7895% interval 0.70 to 0.85" in text
+    assert "Without labels: 78 % of what the PI changes was taken over." in text
+    assert "No evaluation" not in text
+    assert "moon n=6" in text
+    assert "0.70 0.50 to 0.90" in text
+
+
 def test_the_gap_while_training_where_nothing_was_evaluated_afterwards(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"seed": 0, "control": "shuffled"}))
     gaps = (0.1, 0.75, 0.5)
@@ -226,6 +247,98 @@ def test_damaged_and_foreign_content_does_not_break_the_page(tmp_path):
     assert "no run.json" in text
 
 
+def test_all_answers_are_on_the_page_with_their_scores(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 0}))
+    answers = [
+        {"prompt": f"q{i}", "privileged": "", "answers": {"base": "b", "student": "s"},
+         "scores": {"base": float(i % 2), "student": float(i % 3 > 0)}}
+        for i in range(100)
+    ]  # fmt: skip
+    append_lines(tmp_path / "eval_answers.jsonl", answers)
+    cards = [a for t, a in Page(render(collect(tmp_path))).tags if t == "article"]
+    assert [card["data-student"] for card in cards] == [f"{i % 3 > 0:g}" for i in range(100)]
+    assert [card["data-base"] for card in cards] == [f"{i % 2}" for i in range(100)]
+
+
+def test_answers_of_a_rollout_log_are_shown_without_their_markup(tmp_path):
+    logged = {"step": 2, "question": "Who?", "prompt": "<|im_start|>user Who?", "student": "a", "teacher": "b"}
+    append_lines(tmp_path / "completions.jsonl", [logged])
+    append_lines(tmp_path / "metrics.jsonl", [{"step": 1, "divergence": 1.0}])
+    page = Page(render(collect(tmp_path)))
+    assert "Who?" in page.text
+    assert "<|im_start|>" not in page.text
+
+
+def test_gap_against_drift_is_drawn_to_scale():
+    path = Course("a run", [(0.05, 0.25, "step 1"), (0.1, 0.5, "step 2")], place=3)
+    other = Course("<b>sft", [(0.2, 1.0, "the end")], place=9)
+    page = Page(gap_against_drift([path, Course("without", []), other]))
+    dots = [a for t, a in page.tags if t == "i" and "style" in a]
+    assert [a["style"] for a in dots] == [
+        "left:25.00%;top:75.00%", "left:50.00%;top:50.00%", "left:100.00%;top:0.00%",
+    ]  # fmt: skip
+    assert [a["class"] for a in dots] == ["dot run-3", "dot run-3 last", "dot run-1 last"]
+    assert "a run, step 1: recovered gap 0.25, drift 0.0500 nats/token" in dots[0]["aria-label"]
+    assert next(a["points"] for t, a in page.tags if t == "polyline") == "25.00,75.00 50.00,50.00"
+    for words in ("recovered gap", "drift on neutral prompts, nats/token", "<b>sft: gap 1.00 at drift 0.2000"):
+        assert words in page.text
+    assert gap_against_drift([Course("without", [])]) == ""
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.3, 1.2), (0.0, 0.0001), (0.0, 3.7), (-1.0, -0.5)])
+def test_ticks_enclose_their_range(low, high):
+    found = ticks(low, high)
+    assert found[0] <= low + 1e-9
+    assert found[-1] >= high - 1e-9
+    assert 3 <= len(found) <= 8
+    steps = {round(b - a, 9) for a, b in itertools.pairwise(found)}
+    assert len(steps) == 1
+
+
+def test_the_gap_of_each_group_least_first():
+    entries = [
+        {"group": "moon", "n": 2, "recovered": 1.0, "interval": [0.34, 1.0]},
+        {"group": "<b>boot", "n": 3, "recovered": 0.5, "interval": None},
+        {"group": "known", "n": 1, "recovered": None, "interval": None},
+    ]
+    drawn = gap_of_each(entries, "Note.")
+    page = Page(drawn)
+    assert page.text.index("<b>boot") < page.text.index("moon")
+    assert "1 without a gap are left out" in page.text
+    assert "1.00 0.34 to 1.00" in page.text
+    assert [a["style"] for t, a in page.tags if a.get("class") == "whisker"] == ["left:34.00%;width:66.00%"]
+    assert [a["style"] for t, a in page.tags if a.get("class") == "dot last"] == ["left:50.00%", "left:100.00%"]
+    assert gap_of_each(entries[2:], "Note.") == ""
+    many = gap_of_each([{**entries[0], "group": str(i)} for i in range(45)], "Note.")
+    assert "5 more" in Page(many).text
+    assert many.count("<li>") == 45
+
+
+def test_a_folder_of_runs_is_overlaid(tmp_path, capsys):
+    for name, rate in (("slow", 1e-3), (HOSTILE[:40].replace("/", "_"), 2e-3)):
+        folder = fill(tmp_path / "runs" / name)
+        run = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**run, "finished": True, "config": {"learning_rate": rate}}))
+    results = {
+        "recovered": 0.4,
+        "recovered_interval": [0.1, 0.7],
+        "drift": 0.02,
+        "columns": {"student": {"score": 0.5}},
+    }
+    (tmp_path / "runs" / "slow" / "eval_results.json").write_text(json.dumps(results))
+    assert main([str(tmp_path / "runs")]) == 0
+    assert str(tmp_path / "runs" / "report.html") in capsys.readouterr().out
+    page = Page((tmp_path / "runs" / "report.html").read_text(encoding="utf-8"))
+    assert not {"img", "link", "iframe"} & {tag for tag, _ in page.tags}
+    for words in ("2 runs", "learning_rate=0.001", "learning_rate=0.002", "0.10 to 0.70", "slow: gap 0.40 at drift"):
+        assert words in page.text, words
+    drawn = json.loads(page.scripts[0])["runs"]
+    assert [run["name"] for run in drawn] == sorted(run["name"] for run in drawn)
+    assert [m["divergence"] for m in drawn[-1]["metrics"]] == [1.0, 0.5, 1 / 3]
+    assert main([str(tmp_path / "runs" / "slow")]) == 0  # one of them alone
+    assert "Answers to read" in (tmp_path / "runs" / "slow" / "report.html").read_text(encoding="utf-8")
+
+
 def test_script_json_cannot_leave_its_element():
     value = {"a": "</script><!--<script>\u2028\ud800&"}
     text = script_json(value)
@@ -264,23 +377,44 @@ IN_BROWSER = """<!doctype html><body><iframe id=f width=WIDTH height=3000 srcdoc
 document.getElementById("f").addEventListener("load", () => {
   const inner = document.getElementById("f").contentDocument, out = {};
   const all = (selector) => [...inner.querySelectorAll(selector)];
+  const event = (element, name) => element.dispatchEvent(new inner.defaultView.Event(name));
   out.overflow = inner.documentElement.scrollWidth - inner.documentElement.clientWidth;
+  out.tables = all(".scroll").map((box) => box.scrollWidth - box.clientWidth);
   out.charts = all("#charts .uplot canvas").length;
-  out.tokens = all(".token").map((t) => t.textContent);
-  out.selected = all(".token[aria-selected=true]").map((t) => t.id);
-  out.buttons = all("#rows button").length;
-  const key = (name) => inner.querySelector("#tokens").dispatchEvent(
-    new inner.defaultView.KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
-  key("Home");
-  out.first = [inner.activeElement.id, inner.getElementById("lens-token").textContent];
-  out.top = all("#teacher-top li").map((li) => li.textContent);
-  key("ArrowRight"); key("ArrowRight");
-  out.third = inner.activeElement.id;
-  inner.getElementById("token-3").click();
-  out.clicked = inner.getElementById("lens-numbers").textContent;
-  const slider = inner.getElementById("step");
-  slider.value = 0; slider.dispatchEvent(new inner.defaultView.Event("input"));
-  out.step = inner.getElementById("step-value").textContent;
+  out.stop = inner.getElementById("step-value") && inner.getElementById("step-value").textContent;
+  if (inner.getElementById("rollouts")) {
+    out.tabs = all("#rows .question").map((tab) => tab.textContent);
+    out.about = inner.getElementById("about-row").textContent;
+    out.special = all("#student-prompt .special").map((sign) => sign.textContent);
+    const slider = inner.getElementById("step");
+    slider.value = 1; event(slider, "input");
+    out.tokens = all(".token").map((t) => t.textContent);
+    out.selected = all(".token[aria-selected=true]").map((t) => t.id);
+    out.buttons = all("#rows button").length;
+    const key = (name) => inner.querySelector("#tokens").dispatchEvent(
+      new inner.defaultView.KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+    key("Home");
+    out.first = [inner.activeElement.id, inner.getElementById("lens-token").textContent];
+    out.top = all("#teacher-top li").map((li) => li.textContent);
+    key("ArrowRight"); key("ArrowRight");
+    out.third = inner.activeElement.id;
+    inner.getElementById("token-3").click();
+    out.clicked = inner.getElementById("lens-numbers").textContent;
+    slider.value = 0; event(slider, "input");
+    out.step = inner.getElementById("step-value").textContent;
+    const scores = (card) => card.dataset.base + card.dataset.student;
+    const shown = () => all("#answers .answer").filter((card) => !card.hidden).map(scores);
+    out.failures = shown();
+    inner.getElementById("failures-first").click();
+    out.inOrder = shown();
+    const filter = inner.getElementById("answer-filter");
+    for (const name of ["wrong", "learnt", "lost"]) {
+      filter.value = name; event(filter, "change");
+      out[name] = shown();
+    }
+    out.count = inner.getElementById("answer-count").textContent;
+  }
+  out.legends = all("#charts .u-legend").map((legend) => legend.textContent);
   out.images = all("img").length;
   out.title = inner.title;
   document.body.dataset.out = encodeURIComponent(JSON.stringify(out));
@@ -288,21 +422,30 @@ document.getElementById("f").addEventListener("load", () => {
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-@pytest.mark.parametrize(("width", "text"), [(1280, "fact"), (390, HOSTILE)])
-def test_in_a_browser(tmp_path, width, text):
-    page = render(collect(fill(tmp_path / "run", text)))
-    outer = tmp_path / "outer.html"
+def in_browser(page, width, folder):
+    """What the script above finds on a page of that width."""
+    outer = folder / "outer.html"
     outer.write_text(IN_BROWSER.replace("WIDTH", str(width)).replace("PAGE", html.escape(page)), encoding="utf-8")
     quiet = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
     switches = ("headless", "no-sandbox", "disable-gpu", *quiet, "virtual-time-budget=5000", "dump-dom")
     flags = [f"--{switch}" for switch in switches]
-    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()]
+    command = [CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", outer.as_uri()]
     dom = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
-    out = json.loads(unquote(re.search(r'data-out="([^"]*)"', dom)[1]))
+    return json.loads(unquote(re.search(r'data-out="([^"]*)"', dom)[1]))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize(("width", "text"), [(1280, "fact"), (390, HOSTILE)])
+def test_in_a_browser(tmp_path, width, text):
+    out = in_browser(render(collect(fill(tmp_path / "run", text))), width, tmp_path)
     assert out["overflow"] <= 0
+    assert max(out["tables"]) <= 0  # whole at 390 px: nothing to scroll sideways
     assert out["charts"] == 5  # divergence, recovered gap, score, drift, seconds
     first = text.replace("\x00", "\ufffd")
+    assert out["stop"] == "3, the trained student"
+    assert [tab.replace("\x00", "\ufffd") for tab in out["tabs"]] == [f"{first} {i}?" for i in range(3)]
+    assert out["about"].endswith("to a question kept from training")
+    assert out["special"] == ["<user>", "<end>"]
     assert out["tokens"][1:] == ["◌", "↵\n", " end"]
     assert out["tokens"][0].replace("\x00", "\ufffd") == first
     assert out["selected"] == ["token-2"]  # the most divergent one
@@ -314,5 +457,21 @@ def test_in_a_browser(tmp_path, width, text):
     assert "0.300 nats" in out["clicked"]
     assert "teacher 25.0 %, student 50.0 %" in out["clicked"]
     assert out["step"] == "1"
+    assert out["failures"] == ["10", "01", "11"]  # right or wrong of base and student
+    assert out["inOrder"] == ["01", "11", "10"]
+    assert out["wrong"] == out["lost"] == ["10"]
+    assert out["learnt"] == ["01"]
+    assert out["count"] == "1 of 3, the student has 1 wrong"
     assert out["images"] == 0
     assert out["title"] == "run · pgkd report"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_folder_of_runs_in_a_browser(tmp_path):
+    for name in ("one", "two"):
+        fill(tmp_path / "runs" / name)
+    out = in_browser(write_report(tmp_path / "runs").read_text(encoding="utf-8"), 390, tmp_path)
+    assert out["overflow"] <= 0
+    assert max(out["tables"]) <= 0
+    assert out["charts"] == 5 - 1  # score: of base alone, which is no run's own
+    assert all("one" in legend and "two" in legend for legend in out["legends"])

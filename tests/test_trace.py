@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from tiny import ROWS
 
 from pgkd_peft.rollout_log import TRACE_FILE, append_traces, trace_rows
 from pgkd_peft.rows import rows_of
+from pgkd_peft.run.folder import FINAL_TRACE_FILE
+from pgkd_peft.run.interrupt import RunInterrupted
+from pgkd_peft.run.jsonl import read_lines
 
 
 def distributions(model, prompt, completion):
@@ -70,3 +74,44 @@ def test_traces_are_appended_as_lines(make_trainer, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / TRACE_FILE).read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [4, 4, 8]
     assert lines[0]["tokens"] == records[0]["tokens"]
+
+
+def greedy(model, prompt, stops, count):
+    """A plain loop of whole forwards."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+def test_the_trained_student_is_traced_in_its_own_words(make_trainer, tmp_path):
+    """At the end of a training, from Python as well: the greedy answer of the weights as they are then."""
+    config = {"rollout_log_steps": 1, "max_steps": 2, "learning_rate": 0.05, "max_new_tokens": 5}
+    trainer = make_trainer(rows=ROWS[:1], config=config)
+    trainer.train()
+    (record,) = read_lines(tmp_path / "run" / FINAL_TRACE_FILE)
+    (row,) = rows_of(trainer.data_collator(ROWS[:1]))
+    answer = greedy(trainer.model.eval(), row.prompt, trainer.stop_ids, 5)
+    assert "".join(record["tokens"]) == trainer.processing_class.decode(answer)
+    assert record["question"] == "What is quicksort?"
+    assert record["special"] == ["<|im_end|>", "<|im_start|>"]
+    assert (record["step"], record["held_out"], record["generated"]) == (2, False, True)
+    assert [trace["step"] for trace in read_lines(tmp_path / "run" / TRACE_FILE)] == [1, 2]
+
+
+def test_no_final_trace_of_a_run_that_was_stopped(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(config={"rollout_log_steps": 1, "max_steps": 4})
+    step = trainer.training_step
+
+    def stopped(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "training_step", stopped)
+    with pytest.raises(RunInterrupted):
+        trainer.train()
+    assert (tmp_path / "run" / TRACE_FILE).is_file()
+    assert not (tmp_path / "run" / FINAL_TRACE_FILE).exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..run.console import shared_console
 from ..run.folder import ANSWERS_FILE, CARD_FILE, COMPLETIONS_FILE, RESULTS_FILE, SUMMARY_FILE
 from ..run.jsonl import write_json
 
@@ -49,14 +50,13 @@ def run(
         What ``summary.json`` holds.
     """
     started = time.perf_counter()
-    from rich.console import Console
-
     from ..data.named import load_named, shipped
     from ..evaluation.answers import evaluate, measure_drift
     from ..evaluation.scorers import make_scorer
     from ..view.report import write_report
     from .arguments import parse_train
-    from .results import add_drift, answers_table, recovered_line, update_card, write_results
+    from .judge import add_final_traces, add_groups
+    from .results import add_drift, answers_shown, recovered_line, update_card, write_results
     from .train import train
 
     flags = ["--output_dir", output_dir, "--seed", str(seed), "--overwrite", str(overwrite)]
@@ -66,7 +66,7 @@ def run(
     config = arguments[2]
     trainer = train(*arguments)
 
-    console = Console()
+    console = shared_console()
     console.print("\nAsking for the facts in words that were never trained on …")
     result = evaluate(
         trainer.model,
@@ -96,11 +96,13 @@ def run(
     }
     write_json(folder / SUMMARY_FILE, summary)
     add_drift(result, drift)
+    add_groups(result, "fact_id", seed)
+    add_final_traces(trainer, result.rows)
     settings = {"scorer": "contains", "max_new_tokens": config.max_new_tokens, "seed": seed}
     write_results(result, folder / RESULTS_FILE, settings)
     update_card(folder / CARD_FILE, result, settings)
 
-    console.print(answers_table(result, 4))
+    console.print(answers_shown(result, 4, console.width))
     console.print(
         f"right answers on {result.n} unseen phrasings of {len({row['fact_id'] for row in result.rows})} facts: "
         f"base {summary['base']:.3f}, base with PI (teacher) {summary['teacher']:.3f}, student {summary['student']:.3f}"

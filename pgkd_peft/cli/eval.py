@@ -14,6 +14,7 @@ from ..data.named import load_named, split_of
 from ..errors import ConfigError, DataError, read_text
 from ..evaluation.controls import CONTROLS, check_controls
 from ..evaluation.scorers import make_scorer
+from ..run.console import shared_console
 from ..run.folder import (
     CARD_FILE,
     HOLDOUT_FILE,
@@ -24,7 +25,7 @@ from ..run.folder import (
 )
 from ..run.place import check_writable
 from .arguments import Parser, column_templates, read_recipe, subject
-from .judge import add_nats, choose_scorer
+from .judge import add_groups, add_nats, choose_scorer
 from .results import (
     add_drift,
     answers_file,
@@ -149,15 +150,13 @@ def main(argv: Sequence[str]) -> int:
 
 def run_eval(adapter: str, args: EvalArguments) -> int:
     """The body of :func:`main`. Rows and references are checked before the model is loaded."""
-    from rich.console import Console
-
     from ..data.check import validate_rows
     from ..evaluation.answers import HINT_PHRASES, evaluate, measure_drift
     from ..export.adapter import read_run
     from ..model.adapters import load_adapter
     from .controls import find_controls
 
-    console = Console()
+    console = shared_console()
     run = read_run(adapter, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
     out = Path(args.out or run.folder / RESULTS_FILE)
     check_writable(out, "--out", file=True)
@@ -191,6 +190,7 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     }
     result = evaluate(model, collator, rows, scorer, **settings)
     add_nats(result, model, collator, args.group_key, args.seed)
+    add_groups(result, args.group_key, args.seed)
     result.extra["trained_on"] = trained_on(run_folder(run) / TRAINED_FILE, rows, privileged_key(run))
     if neutral is not None:
         add_drift(result, measure_drift(model, collator, neutral))

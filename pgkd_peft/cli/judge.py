@@ -10,6 +10,7 @@ from ..data.collator import DataCollatorForPrivilegedGKD
 from ..data.holdout import trained_on
 from ..errors import DataError
 from ..evaluation.scorers import Scorer, check_scorable, make_scorer
+from ..run.console import shared_console
 from ..run.folder import CARD_FILE, RESULTS_FILE, TRAINED_FILE
 from .results import answers_file, show, update_card, write_results
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 64
 """Held-out rows that the end of a training judges; `pgkd eval` judges all."""
+TRACED_ROWS = 8
+"""Held-out rows whose answers the report shows token by token."""
 
 
 def choose_scorer(
@@ -60,14 +63,32 @@ def add_nats(
     )
 
 
+def add_groups(result: Evaluation, group_key: str | None, seed: int) -> None:
+    """The recovered gap of each group of rows; nothing without groups or scores."""
+    from ..evaluation.groups import recovered_by_group
+
+    if group_key is not None and result.scores:
+        base, teacher, student = (result.scores[name] for name in ("base", "teacher", "student"))
+        names = [row[group_key] for row in result.rows]
+        result.extra["by_group"] = recovered_by_group(base, teacher, student, names, seed=seed)
+
+
+def add_final_traces(trainer: RunTrainer, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What the trained student says to held-out rows, token by token, for the report."""
+    from ..rollout_log import write_final_traces
+    from ..rows import rows_of
+    from ..view.words import spread
+
+    if trainer.teacher is not None and rows:
+        write_final_traces(trainer, rows_of(trainer.contexts(spread(rows, TRACED_ROWS))), held_out=True)
+
+
 def judge(trainer: RunTrainer, held_out: Dataset, data: DataArguments) -> None:
     """Base, teacher and student on the held-out rows, at the end of a training: console, results file, model card."""
-    from rich.console import Console
-
     from ..data.check import validate_rows
     from ..evaluation.answers import evaluate
 
-    config, collator, console = trainer.args, trainer.contexts, Console()
+    config, collator, console = trainer.args, trainer.contexts, shared_console()
     rows = list(held_out)[:MOST_ROWS]
     try:
         validate_rows(rows, collator)
@@ -89,6 +110,8 @@ def judge(trainer: RunTrainer, held_out: Dataset, data: DataArguments) -> None:
         teacher=trainer.teacher.weights if trainer.teacher is not None else None,
     )
     add_nats(result, trainer.model, collator, group_key, seed=0)
+    add_groups(result, group_key, seed=0)
+    add_final_traces(trainer, rows)
     folder = Path(str(config.output_dir))
     result.extra["trained_on"] = trained_on(folder / TRAINED_FILE, rows, config.privileged_key)
     show(result, console, 2)

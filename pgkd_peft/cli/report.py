@@ -1,4 +1,4 @@
-"""`pgkd report`: a run as one HTML page."""
+"""`pgkd report`: a run, or all runs of a folder, as one HTML page."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from ..view.report import write_report
 
 
 def main(argv: Sequence[str]) -> int:
-    """`pgkd report RUN_DIR [--out FILE]`."""
+    """`pgkd report DIR [--out FILE]`."""
     parser = argparse.ArgumentParser(
-        prog="pgkd report", description="Write one self-contained HTML page about a run.", allow_abbrev=False
+        prog="pgkd report",
+        description="Write one self-contained HTML page about a run, or "
+        "about all runs below a folder: the settings that differ, results, and their curves over each other.",
+        allow_abbrev=False,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a training")
-    parser.add_argument("--out", metavar="FILE", help=f"default: RUN_DIR/{REPORT_FILE}")
+    parser.add_argument("run_dir", metavar="DIR", help="output_dir of a training, or a folder that holds several")
+    parser.add_argument("--out", metavar="FILE", help=f"default: DIR/{REPORT_FILE}")
     args = parser.parse_args(list(argv))
     path = write_report(args.run_dir, args.out)
     print(f"{path} ({path.stat().st_size / 1024:.0f} KiB, opens without a network)")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.controls import CONTROLS
+from ..run.console import answers
 from ..run.folder import ANSWERS_FILE, RESULTS_FILE
 from ..run.jsonl import as_line, read_json, write_json, write_whole
 from ..view.words import LABELS
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from ..evaluation.answers import Drift, Evaluation
@@ -55,7 +57,7 @@ def show(result: Evaluation, console: Any, examples: int) -> None:
     if "controls" in summary:
         console.print(controls_table(summary))
     if examples:
-        console.print(answers_table(result, examples))
+        console.print(answers_shown(result, examples, console.width))
 
 
 def rows_called(summary: Mapping[str, Any]) -> str:
@@ -118,25 +120,22 @@ def recovered_line(summary: Mapping[str, Any]) -> str:
     return line
 
 
-def answers_table(result: Evaluation, count: int) -> Table:
-    """`count` rows, spread over the set: prompt, base, teacher and student, with what was right in green."""
-    from rich.table import Table
+def answers_shown(result: Evaluation, count: int, width: int) -> RenderableType:
+    """`count` rows, spread over the set: prompt, base, teacher and student, with what was right in green; side by side,
+    on a console of less than 110 columns one under the other."""
     from rich.text import Text
 
     from ..data.tokens import visible
 
-    table = Table(title="Answers side by side", show_lines=True)
-    table.add_column("prompt", ratio=3)
-    for name in result.answers:
-        table.add_column(LABELS[name], ratio=3)
     step = max(1, result.n // count)
+    rows = []
     for i in list(range(0, result.n, step))[:count]:
-        cells = [
-            Text(visible(answers[i][:300]), style="green" if result.scores and result.scores[name][i] >= 1 else "")
-            for name, answers in result.answers.items()
+        said = [
+            Text(visible(texts[i][:300]), style="green" if result.scores and result.scores[name][i] >= 1 else "")
+            for name, texts in result.answers.items()
         ]
-        table.add_row(Text(visible(result.prompts[i][-300:])), *cells)
-    return table
+        rows.append([visible(result.prompts[i][-300:]), *said])
+    return answers("Answers side by side", ["prompt", *(LABELS[name] for name in result.answers)], rows, width)
 
 
 def update_card(path: Path, result: Evaluation, settings: Mapping[str, Any]) -> None:

@@ -6,12 +6,11 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from ..run.console import shared_console
 from .export import CommandParser
 
 
 def main(argv: Sequence[str]) -> int:
-    from rich.console import Console
-
     from ..view.runs import find_runs, sort_runs, table
 
     parser = CommandParser(
@@ -28,5 +27,6 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(runs, indent=2, default=str))
     else:
-        Console().print(table(runs))
+        console = shared_console()
+        console.print(table(runs, console.width))
     return 0

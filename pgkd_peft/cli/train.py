@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import logging
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from ..data.holdout import hold_out, write_rows, write_trained
 from ..data.named import load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
 from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at
+from ..run.console import fitted
 from ..run.folder import ADAPTER_FILE, CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
 from ..run.jsonl import read_json
 from ..run.place import locked
@@ -58,12 +60,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nBest checkpoint: {Path(best).name}, {config.metric_for_best_model} {trainer.state.best_metric:.4g}")
     if held_out is not None and data.control is None:
         judge(trainer, held_out, data)
-    print(f"\nThe adapter, its model card, run.json and the logs are in {folder}")
+    print(fitted(f"\nThe adapter, its model card, run.json and the logs are in {folder}", sys.stdout))
     if data.control is not None:
         run = shlex.quote(str(Path(folder).parent.parent))
         print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
     else:
         print(f"Next: pgkd eval {shlex.quote(folder)}")
+        print(f"      pgkd report {shlex.quote(folder)}")
         print(f"      pgkd merge {shlex.quote(folder)} --out {shlex.quote(folder.rstrip('/') + '-merged')}")
     return 0
 
@@ -115,14 +118,9 @@ def _run(
     if config.is_open("rollout_log_steps"):
         config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
-    from ..view.progress import Watch
-    from ..view.terminal import MetricsFileCallback, install
-
     callbacks = [*callbacks, *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
     trainer.run_info.control, trainer.run_info.held_out = data.control, data.held_out
-    trainer.add_callback(MetricsFileCallback())
-    view = install(trainer)
 
     def begin() -> None:
         if data.overwrite:
@@ -139,9 +137,6 @@ def _run(
             raise
         logger.warning("All steps were trained, but the adapter was not saved; that is done now.")
         begin()
-    finally:
-        if isinstance(view, Watch):
-            view.stop()  # gives the terminal its cursor back, also after an error
     trainer.run_info.finished = True
     trainer.save_model()
     if data.control is not None and trainer.is_world_process_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,53 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         last = i == len(ids) - 1
         texts.append(after[len(before.rstrip(BROKEN)) : None if last else len(after.rstrip(BROKEN))])
     return texts
+
+
+ROLES = ("system", "developer", "user", "human", "assistant", "model", "tool")
+
+
+def turns(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, str]]:
+    """A prompt as (role, text), for people: without its special tokens, and without turns that say nothing.
+
+    A role is a word of :data:`ROLES` that stands between special tokens, alone or on a line of its own, or in the name
+    of a special token; "" where no role can be told. Nothing is computed from this: it is guessed from the ids alone,
+    as a collator may be of the user's own making.
+    """
+    special = special_ids(tokenizer)
+    found: list[tuple[str, str]] = []
+    role, start = "", 0
+    for i in range(len(ids) + 1):
+        if i < len(ids) and ids[i] not in special:
+            continue
+        text = decode(tokenizer, ids[start:i]).strip()
+        first, _, rest = text.partition("\n")
+        if first.strip().lower() in ROLES:
+            role, text = first.strip().lower(), rest.strip()
+        if text:
+            found.append((role, text))
+        if i < len(ids):
+            named = re.sub(r"[^a-z]", "", decode(tokenizer, [ids[i]]).lower())
+            role = named if named in ROLES else role
+        start = i + 1
+    return found
+
+
+def special_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The texts of the special tokens among `ids`, each once."""
+    return sorted({decode(tokenizer, [i]) for i in set(ids) & special_ids(tokenizer)})
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of all tokens that are markup and not text: those with a name (bos, eos, ...), and those added as special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def question(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The last turn of a prompt that is not the model's own, for people."""
+    found = turns(tokenizer, ids)
+    asked = [text for role, text in found if role not in ("assistant", "model", "system", "developer")]
+    return (asked or [text for _, text in found] or [""])[-1]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

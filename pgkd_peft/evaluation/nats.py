@@ -11,7 +11,7 @@ does. NLL is the sum of -log p over all answer tokens (the end of turn included)
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..model.adapters import adapter_state
 from ..model.load import base_of
 from ..rollout import generate
 from .answers import Interval, bootstrap_recovered
+from .groups import recovered_by_group
 
 SMALLEST_GAP = 0.01
 """Nats a token below which the PI changes next to nothing, and no share of it can be told."""
@@ -37,6 +38,8 @@ class Nats:
         interval: bootstrap over rows (or groups) of it; None without one.
         base, teacher, student: negative log-likelihood of the teacher's answers, nats a token.
         rows, tokens: how many were measured.
+        by_group: the same for each group of rows, see :func:`pgkd_peft.evaluation.groups.recovered_by_group`; base,
+            teacher and student are log-likelihoods of an answer there, so that higher is better.
     """
 
     recovered: float | None
@@ -46,6 +49,7 @@ class Nats:
     student: float
     rows: int
     tokens: int
+    by_group: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -134,9 +138,13 @@ def recovered_nats(
     gap = (base - teacher).sum()
     recovered = float((base - student).sum() / gap) if gap > SMALLEST_GAP * tokens else None
     interval = None
+    names = [groups[i] for i in used] if groups is not None else None
+    likelihoods = [(-losses).tolist() for losses in (base, teacher, student)]
     if samples and recovered is not None:
-        names = [groups[i] for i in used] if groups is not None else None
-        scores = [(-losses).tolist() for losses in (base, teacher, student)]
-        interval = bootstrap_recovered(*scores, groups=names, samples=samples, seed=seed)
+        interval = bootstrap_recovered(*likelihoods, groups=names, samples=samples, seed=seed)
+    by_group: list[dict[str, Any]] = []
+    if names is not None:
+        least = [SMALLEST_GAP * len(answer) for answer in answers]
+        by_group = recovered_by_group(likelihoods[0], likelihoods[1], likelihoods[2], names, least=least, seed=seed)
     before, with_pi, after = (float(values.sum() / tokens) for values in (base, teacher, student))
-    return Nats(recovered, interval, before, with_pi, after, rows=len(used), tokens=tokens)
+    return Nats(recovered, interval, before, with_pi, after, rows=len(used), tokens=tokens, by_group=by_group)

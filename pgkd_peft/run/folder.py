@@ -24,6 +24,7 @@ BAKE_NEUTRAL_FILE = "bake_neutral.jsonl"
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 TRACE_FILE = "traces.jsonl"
+FINAL_TRACE_FILE = "final_traces.jsonl"  # of the trained student, written whole at the end
 STEP_FILES = (METRICS_FILE, COMPLETIONS_FILE, TRACE_FILE)
 
 # What came of it.
@@ -50,7 +51,7 @@ MANIFEST = "manifest.json"
 # What a run leaves in its folder, so that --overwrite removes this and nothing else. The questions stay: people edit
 # them.
 RUN_FILES = (
-    *(RUN_FILE, RECIPE_FILE, HOLDOUT_FILE, TRAINED_FILE, *STEP_FILES),
+    *(RUN_FILE, RECIPE_FILE, HOLDOUT_FILE, TRAINED_FILE, *STEP_FILES, FINAL_TRACE_FILE),
     *(SUMMARY_FILE, RESULTS_FILE, ANSWERS_FILE, REPORT_FILE, CARD_FILE),
     *(ADAPTER_FILE, ADAPTER_CONFIG, TOKENIZER_FILE, TOKENIZER_CONFIG, CHAT_TEMPLATE, TRAINING_ARGS),
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from ..data.tokens import question
 from ..run.jsonl import is_number
 
 if TYPE_CHECKING:
@@ -51,12 +52,19 @@ class Pace:
         return None if self.seconds_a_step is None else self.seconds_a_step * steps
 
 
-class Watch(TrainerCallback):
+class View(TrainerCallback):
+    """What shows a training. This one shows nothing."""
+
+    def stop(self) -> None:
+        """The run has ended, or broken off; called once or more."""
+
+
+class Watch(View):
     """Follows a run; a subclass shows it.
 
     Attributes:
         history: every number that was logged, by name, in the order of logging.
-        rollout: the newest prompt and the student's completion of it.
+        rollout: what was asked newest, and the student's completion.
         status: starting, training, evaluating, saved or done.
     """
 
@@ -80,9 +88,6 @@ class Watch(TrainerCallback):
     def changed(self) -> None:
         """Something is new."""
 
-    def stop(self) -> None:
-        """The run has ended, or broken off; called once or more."""
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.pace = Pace()
         self._see(state)
@@ -100,7 +105,7 @@ class Watch(TrainerCallback):
             row = next((row for row in rows if row.has_privileged), rows[0])
             tokenizer = self.trainer.processing_class
             self.rollout = (
-                tokenizer.decode(row.prompt, skip_special_tokens=True).strip(),
+                question(tokenizer, row.prompt),
                 tokenizer.decode(row.completion, skip_special_tokens=True).strip(),
             )
         self.changed()

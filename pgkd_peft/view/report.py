@@ -1,4 +1,4 @@
-"""`pgkd report RUN_DIR`: one HTML page that tells a run's story, without a network."""
+"""`pgkd report DIR`: one HTML page that tells a run's story, or that of all runs in a folder, without a network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..run.folder import (
     ANSWERS_FILE,
     COMPLETIONS_FILE,
     COVERAGE_FILE,
+    FINAL_TRACE_FILE,
     METRICS_FILE,
     REPORT_FILE,
     RESULTS_FILE,
@@ -23,23 +24,30 @@ from ..run.jsonl import is_number, read_json, read_lines
 from ..run.place import check_writable
 from .report_coverage import coverage_section
 from .report_page import render
+from .report_runs import render_runs
+from .runs import runs_below
 from .words import inserted, spread
 
 MOST_STEPS = 40
 """Traced steps that the page holds; of more, evenly spread ones."""
 MOST_POINTS = 2000
-MOST_ANSWERS = 24
+MOST_LOGGED = 24
+JUDGED = ("base", "teacher", "student", "recovered_nats")
+"""What an evaluation has at least one of; without labels there are no scores."""
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a run; returns where.
+    """Write the page of a run, or of all runs in a folder that is none itself; returns where.
 
     Raises:
-        ConfigError: `run_dir` is no run folder.
+        ConfigError: `run_dir` is no run folder, and there is none in it.
     """
     run_dir = Path(run_dir)
-    data = collect(run_dir)
-    page = render(data, coverage_section(data["coverage"]))
+    if is_run(run_dir):
+        data = collect(run_dir)
+        page = render(data, coverage_section(data["coverage"]))
+    else:
+        page = overlay(run_dir)
     out = Path(out) if out is not None else run_dir / REPORT_FILE
     check_writable(out, "--out", file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,11 +55,25 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return out
 
 
+def is_run(folder: Path) -> bool:
+    """Whether something of one run lies in the folder itself."""
+    names = (RUN_FILE, METRICS_FILE, SUMMARY_FILE, TRACE_FILE, STATE_FILE)
+    return any((folder / name).is_file() for name in names) or any(folder.glob("eval*.json"))
+
+
+def overlay(folder: Path) -> str:
+    """The page of all runs below a folder."""
+    if not folder.is_dir() or not (runs := runs_below(folder)):
+        collect(folder)  # says what is missing
+    return render_runs(folder.resolve().name, [{**run, "metrics": read_metrics(Path(run["folder"]))} for run in runs])
+
+
 # ---- the run folder ------------------------------------------------------------------------------------------------
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
-    """What a run folder holds: ``name``, ``run``, ``metrics`` (by step), ``results``, ``traces``, ``answers``.
+    """What a run folder holds: ``name``, ``run``, ``metrics`` (by step), ``results``, ``traces``, ``final``
+    (traces of the trained student), ``answers``, ``coverage``.
 
     Raises:
         ConfigError: there is no such folder, or nothing of a run in it.
@@ -64,7 +86,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
     results = read_results(run_dir)
     if not (run or metrics or traces or results):
         raise ConfigError(
-            f"{run_dir} is no run folder: there is no run.json, metrics.jsonl, summary.json or traces.jsonl in it"
+            f"{run_dir} is no run folder: there is no run.json, metrics.jsonl, summary.json or traces.jsonl in it, "
+            "and no run below it"
         )
     return {
         "name": run_dir.resolve().name,
@@ -72,6 +95,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "metrics": metrics,
         "results": results,
         "traces": choose_traces(traces),
+        "final": choose_traces(read_lines(run_dir / FINAL_TRACE_FILE)),
         "answers": read_answers(run_dir),
         "coverage": read_json(run_dir / COVERAGE_FILE),
     }
@@ -105,9 +129,9 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
         paths.append(run_dir / SUMMARY_FILE)
     for path in paths:
         result = read_json(path)
-        if any(is_number(result.get(key)) for key in ("base", "teacher", "student")):
-            numbers = [result.get(key) for key in ("base", "teacher", "student")]
-            if numbers not in [[other.get(key) for key in ("base", "teacher", "student")] for other in found]:
+        if any(is_number(result.get(key)) for key in JUDGED):
+            numbers = [result.get(key) for key in JUDGED]
+            if numbers not in [[other.get(key) for key in JUDGED] for other in found]:
                 name = "this run" if path.name in (SUMMARY_FILE, RESULTS_FILE) else path.stem
                 found.append({**result, "name": str(result.get("name", name))})
         controls = result.get("controls")
@@ -130,20 +154,20 @@ def read_answers(run_dir: Path) -> list[dict[str, Any]]:
                 "answers": {str(key): str(value) for key, value in record["answers"].items()},
                 "scores": record.get("scores") if isinstance(record.get("scores"), dict) else {},
             }
-            for record in spread(records, MOST_ANSWERS)
+            for record in records
         ]
     logged = read_lines(run_dir / COMPLETIONS_FILE)
     last = max((r["step"] for r in logged if is_number(r.get("step"))), default=None)
     return [
         {
-            "prompt": str(record.get("prompt", "")),
+            "prompt": str(record.get("question") or record.get("prompt", "")),
             "privileged": "",
             "answers": {"student": str(record.get("student", "")), "teacher": str(record.get("teacher", ""))},
             "scores": {},
         }
         for record in logged
         if last is not None and record.get("step") == last
-    ][:MOST_ANSWERS]
+    ][:MOST_LOGGED]
 
 
 def choose_traces(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -165,6 +189,3 @@ def choose_traces(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             parts = [teacher[: own.start], teacher[own], teacher[own.stop :]]
             chosen.append({**trace, "prompt": student, "teacher_prompt": parts})
     return sorted(chosen, key=lambda trace: trace["step"])
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..run.jsonl import is_number
-from .report_page import escape
+from .report_plots import escape
 
 
 def coverage_section(coverage: Mapping[str, Any]) -> str:

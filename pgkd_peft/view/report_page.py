@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..evaluation.controls import CONTROLS
 from ..run.jsonl import is_number
+from .report_plots import Course, escape, gap_against_drift, gap_of_each, is_interval
 from .words import LABELS, duration
 
 ASSETS = files("pgkd_peft") / "assets" / "report"
@@ -25,6 +25,24 @@ ASSETS = files("pgkd_peft") / "assets" / "report"
 
 def render(data: Mapping[str, Any], coverage: str = "") -> str:
     """The page as text; `coverage` is a section of it, for a bake."""
+    body = {
+        "results": results_section(data["results"]),
+        "gaps": gaps_section(data),
+        "coverage": coverage,
+        "answers": answers_section(data["answers"]),
+        "facts": facts_section(data["run"]),
+    }
+    shown = {name: data[name] for name in ("metrics", "traces", "final")}
+    return page(f"{data['name']} · pgkd report", header(data), fill("run.html", body), shown)
+
+
+def fill(template: str, parts: Mapping[str, str]) -> str:
+    """An asset with ``{{name}}`` replaced."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset(template))
+
+
+def page(name: str, head: str, body: str, shown: Mapping[str, Any]) -> str:
+    """The page around `body`; `shown` is what its script draws."""
     script = asset("report.js")
     library = asset("uPlot.iife.min.js")
     policy = (
@@ -32,20 +50,17 @@ def render(data: Mapping[str, Any], coverage: str = "") -> str:
         f"script-src '{csp_hash(library)}' '{csp_hash(script)}'"
     )
     parts = {
-        "title": escape(f"{data['name']} · pgkd report"),
+        "title": escape(name),
         "policy": policy,
         "style": asset("uPlot.min.css") + asset("report.css"),
-        "header": header(data),
-        "results": results_section(data["results"]),
-        "coverage": coverage,
-        "answers": answers_section(data["answers"]),
-        "facts": facts_section(data["run"]),
-        "data": script_json({"metrics": data["metrics"], "traces": data["traces"]}),
+        "header": head,
+        "body": body,
+        "data": script_json(shown),
         "license": " ".join(asset("uPlot-LICENSE.txt").split()).replace("--", "- -"),
         "library": library,
         "script": script,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("template.html"))
+    return fill("template.html", parts)
 
 
 def asset(name: str) -> str:
@@ -61,10 +76,6 @@ def script_json(value: Any) -> str:
     """JSON that can stand inside a script element: no character in it can end the element or begin another."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return re.sub(r"[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def escape(value: Any) -> str:
-    return html.escape(str(value), quote=True)
 
 
 def number(value: Any, form: str = ".3f") -> str:
@@ -88,13 +99,13 @@ def header(data: Mapping[str, Any]) -> str:
     if is_number(result.get("recovered_nats")):
         interval = result.get("recovered_nats_interval")
         note = "of what the PI changes, on the teacher's answers"
-        if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
+        if is_interval(interval):
             note = f"95% interval {interval[0]:.2f} to {interval[1]:.2f}, {note}"
         tiles.append(("recovered, in nats", number(result["recovered_nats"], ".2f"), note))
     if result.get("recovered") is not None:
         interval = result.get("recovered_interval")
         note = f"n = {result['n']}" if is_number(result.get("n")) else ""
-        if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
+        if is_interval(interval):
             level = result.get("recovered_interval_level")
             note = f"{number(level, '.0%')} interval {interval[0]:.2f} to {interval[1]:.2f}, {note}"
         tiles.append(("recovered gap", number(result["recovered"], ".2f"), note))
@@ -131,22 +142,65 @@ def results_section(results: Sequence[Mapping[str, Any]]) -> str:
     heads = "".join(f'<th scope="col">{escape(label)}</th>' for _, label in names)
     rows = []
     for result in results:
-        cells = "".join(f"<td>{number(result.get(key))}</td>" for key, _ in names)
+        cells = "".join(cell(key.replace("_", " "), number(result.get(key))) for key, _ in names)
         interval = result.get("recovered_interval")
         between = ""
-        if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
+        if is_interval(interval):
             between = f" <small>{interval[0]:.2f} to {interval[1]:.2f}</small>"
+        gap = f"<b>{number(result.get('recovered'), '.2f')}</b>{between}"
         rows.append(
             f'<tr><th scope="row">{escape(title(result["name"]))}</th>'
-            f"<td><b>{number(result.get('recovered'), '.2f')}</b>{between}</td>{cells}"
-            f"<td>{number(result.get('n'), 'g')}</td><td>{number(result.get('drift'), '.4f')}</td></tr>"
+            f"{cell('recovered gap', gap)}{cells}"
+            f"{cell('n', number(result.get('n'), 'g'))}{cell('drift', number(result.get('drift'), '.4f'))}</tr>"
         )
     table = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table><thead><tr><th></th>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table class="stacks"><thead><tr><th></th>'
         f'<th scope="col">recovered gap</th>{heads}<th scope="col">n</th><th scope="col">drift</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    return gap_bar(results[0]) + table + details_table(results)
+    nats = results[0].get("nats")
+    told = nats.get("sentence") if isinstance(nats, Mapping) else None
+    sentence = f'<p class="muted without-labels">Without labels: {escape(told)}.</p>' if told else ""
+    return gap_bar(results[0]) + (table if names else "") + sentence + details_table(results)
+
+
+def gaps_section(data: Mapping[str, Any]) -> str:
+    """The gap against drift, and the gap of each group of rows; "" without either."""
+    results = data["results"]
+    while_training = [
+        (m["eval_drift"], m["eval_recovered"], f"step {m['step']:g}")
+        for m in data["metrics"]
+        if is_number(m.get("eval_drift")) and is_number(m.get("eval_recovered"))
+    ]
+    paths = [Course("this run, while training", while_training)] if while_training else []
+    for result in results:
+        if is_number(result.get("drift")) and is_number(result.get("recovered")):
+            point = (result["drift"], result["recovered"], "judged at the end")
+            paths.append(Course(title(result["name"]), [point], place=len(paths)))
+    parts = [gap_against_drift(paths), *(groups_box(result) for result in results[:1])]
+    parts = [part for part in parts if part]
+    if not parts:
+        return ""
+    return f'<section aria-labelledby="h-gaps"><h2 id="h-gaps">What was learnt where</h2>{"".join(parts)}</section>'
+
+
+def groups_box(result: Mapping[str, Any]) -> str:
+    """The recovered gap of each group of the evaluation's rows."""
+    nats = result.get("nats")
+    in_nats = nats.get("by_group") if isinstance(nats, Mapping) else None
+    for entries, note in (
+        (result.get("by_group"), "95% interval of the student's score (Wilson), base and teacher as measured."),
+        (in_nats, "In nats on the teacher's answers; 95% interval by bootstrap over the group's rows, from five on."),
+    ):
+        usable = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+        if drawn := gap_of_each(usable, f"Recovered gap of each group of held-out rows, least first. {note}"):
+            return drawn
+    return ""
+
+
+def cell(label: str, inner: str) -> str:
+    """A cell that says on a narrow screen, where a table's rows are stacked, what it holds; `inner` is HTML."""
+    return f'<td data-label="{escape(label)}"><span>{inner}</span></td>'
 
 
 def title(name: str) -> str:
@@ -176,7 +230,7 @@ def gap_bar(result: Mapping[str, Any]) -> str:
 def details_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Length and leakage of each column's answers, and of each control's student, where the evaluation has them."""
     columns = results[0].get("columns")
-    if not isinstance(columns, Mapping):
+    if not isinstance(columns, Mapping) or not columns:
         return ""
     rows = [(LABELS.get(name, name), column) for name, column in columns.items()]
     for result in results[1:]:
@@ -204,12 +258,12 @@ def details_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def answers_section(answers: Sequence[Mapping[str, Any]]) -> str:
-    """Answers side by side, right ones marked."""
+    """All answers side by side, right ones marked; the page's script sorts and filters them by their scores."""
     if not answers:
         return '<p class="empty">No answers in this folder.</p>'
     cards = []
     for record in answers:
-        cells = []
+        cells, scores = [], ""
         labels = LABELS
         for key in sorted(record["answers"], key=lambda k: list(labels).index(k) if k in labels else 99):
             score = record["scores"].get(key)
@@ -217,9 +271,13 @@ def answers_section(answers: Sequence[Mapping[str, Any]]) -> str:
             mark = "" if not is_number(score) else ' <b class="right">✓</b>' if right else ' <b class="wrong">✗</b>'
             text = escape(record["answers"][key]) or "<i>(empty)</i>"
             cells.append(f'<div><h4>{escape(labels.get(key, key))}{mark}</h4><p dir="auto">{text}</p></div>')
+            if key in ("base", "student") and is_number(score):
+                scores += f' data-{key}="{score:g}"'
         privileged = f'<p class="pi" dir="auto">PI: {escape(record["privileged"])}</p>' if record["privileged"] else ""
         prompt = f'<h3 dir="auto">{escape(record["prompt"])}</h3>'
-        cards.append(f'<article class="answer">{prompt}{privileged}<div class="cells">{"".join(cells)}</div></article>')
+        cards.append(
+            f'<article class="answer"{scores}>{prompt}{privileged}<div class="cells">{"".join(cells)}</div></article>'
+        )
     return "".join(cards)
 
 

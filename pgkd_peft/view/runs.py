@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..run.console import SIDE_BY_SIDE
 from ..run.folder import METRICS_FILE, RESULTS_FILE, RUN_FILE, is_checkpoint
 from ..run.jsonl import is_number, read_json, read_lines
 
-RESULTS = {"score": "score", "recovered": "recovered", "drift": "drift", "divergence": "nats", "seconds": "s"}
+RESULTS = {
+    "score": "score",
+    "recovered": "recovered",
+    "recovered_nats": "in nats",
+    "drift": "drift",
+    "divergence": "divergence",
+    "seconds": "seconds",
+}
+"""Columns of the table; ``recovered_nats`` is the recovered gap without labels, and shown where a run has it."""
+INTERVALS = {"recovered": "interval", "recovered_nats": "nats_interval"}
 # Settings that say where a run was, or how it was watched, and not what it did.
 _NOT_SETTINGS = ("output_dir", "logging_dir", "run_name", "overwrite", "hub_model_id", "disable_tqdm", "report_to")
-_HIGH_IS_GOOD = ("score", "recovered")
+_HIGH_IS_GOOD = ("score", "recovered", "recovered_nats")
 
 
 def find_runs(folder: str | Path) -> list[dict[str, Any]]:
@@ -25,9 +35,15 @@ def find_runs(folder: str | Path) -> list[dict[str, Any]]:
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder; give one that holds runs, e.g. pgkd runs runs")
-    paths = sorted(path for path in root.rglob(RUN_FILE) if not _is_part(path.parent.name))
-    if not paths:
+    runs = runs_below(root)
+    if not runs:
         raise ConfigError(f"no run was found below {str(root)!r}: no {RUN_FILE}, which pgkd train writes at its start")
+    return runs
+
+
+def runs_below(root: Path) -> list[dict[str, Any]]:
+    """As :func:`find_runs`; [] where there is none."""
+    paths = sorted(path for path in root.rglob(RUN_FILE) if not _is_part(path.parent.name))
     return [_record(path, root) for path in paths]
 
 
@@ -44,11 +60,14 @@ def _record(path: Path, root: Path) -> dict[str, Any]:
     settings["base_model"] = Path(str(run.get("base_model"))).name
     return {
         "run": str(path.parent.relative_to(root)) if path.parent != root else root.name,
+        "folder": str(path.parent),
         "finished": bool(run.get("finished")),
         "settings": settings,
         "score": (columns.get("student") or {}).get("score"),
         "recovered": results.get("recovered"),
         "interval": results.get("recovered_interval"),
+        "recovered_nats": results.get("recovered_nats"),
+        "nats_interval": results.get("recovered_nats_interval"),
         "drift": results.get("drift"),
         "divergence": logged[-1] if logged else None,
         "steps": run.get("steps"),
@@ -83,33 +102,42 @@ def sort_runs(runs: list[dict[str, Any]], by: str | None) -> list[dict[str, Any]
     return some + [run for run in runs if value(run) is None]
 
 
-def table(runs: Sequence[dict[str, Any]]) -> Any:
-    """A rich table: a line a run, the differing settings first."""
+def table(runs: Sequence[dict[str, Any]], width: int = SIDE_BY_SIDE) -> Any:
+    """A rich table: a line a run, the differing settings beside its name, or, in less than 110 columns, below it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    settings = differing(runs)
+    settings, wide = differing(runs), width >= SIDE_BY_SIDE
     shown = Table(
-        box=box.SIMPLE, caption="settings that are the same in all runs are left out" if len(runs) > 1 else None
+        box=box.SIMPLE,
+        pad_edge=wide,
+        padding=(0, 1) if wide else (0, 1, 0, 0),
+        caption="settings that are the same in all runs are left out" if len(runs) > 1 else None,
     )
     shown.add_column("run", overflow="fold")
-    if settings:
+    if settings and wide:
         shown.add_column("what differs", overflow="fold", min_width=20)
-    for heading in RESULTS.values():
-        shown.add_column(heading, justify="right")
+    columns = [name for name in RESULTS if name not in INTERVALS or any(run[name] is not None for run in runs)]
+    for name in columns:
+        shown.add_column(RESULTS[name], justify="right", no_wrap=True)
     for run in runs:
-        cells = [run["run"] + ("" if run["finished"] else " (not finished)")]
-        if settings:
-            cells.append("\n".join(f"{name}={_cell(run['settings'].get(name))}" for name in settings))
-        cells += [_cell(run[name]) for name in RESULTS]
-        if run["interval"]:
-            cells[-len(RESULTS) + 1] += f"\n{_cell(run['interval'])}"
+        name = run["run"] + ("" if run["finished"] else " (not finished)")
+        differs = [f"{setting}={cell(run['settings'].get(setting))}" for setting in settings]
+        cells = [name, *(["\n".join(differs)] if settings else [])] if wide else ["\n ".join([name, *differs])]
+        for column in columns:
+            interval = run[INTERVALS[column]] if column in INTERVALS else None
+            cells.append(result(column, run[column]) + (f"\n{cell(interval)}" if interval else ""))
         shown.add_row(*map(Text, cells))
     return shown
 
 
-def _cell(value: Any) -> str:
+def result(column: str, value: Any) -> str:
+    """A result as the table has it."""
+    return "–" if value is None else f"{value:.0f}" if column == "seconds" else f"{value:.3f}"
+
+
+def cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value)):

@@ -1,11 +1,11 @@
-"""Watching a run: a live view in a terminal, one in a notebook, plain lines elsewhere; and its metrics as a file."""
+"""Watching a run: a live view in a terminal, one in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,61 +17,56 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers import trainer as transformers_trainer
 
 from ..data.tokens import visible
-from ..run.folder import METRICS_FILE, STEP_FILES
-from ..run.jsonl import append_lines, drop_after, is_number
+from ..run.console import drawing_on, shared_console
+from ..run.jsonl import is_number
 from .notebook import NotebookView
-from .progress import PHASES, SMALL, Pace, Watch
+from .progress import PHASES, SMALL, Pace, View, Watch
 from .words import clock
 
 if TYPE_CHECKING:
+    from ..base_trainer import RunTrainer
     from ..trainer import PrivilegedSelfDistillTrainer
 
 SPARKS = "▁▂▃▄▅▆▇█"
 STYLES = dict(zip(PHASES, ("cyan", "yellow", "green")))
 
 
-class MetricsFileCallback(TrainerCallback):
-    """Every log of the run as a line in ``metrics.jsonl`` of its folder, with ``step`` and ``time`` (Unix seconds).
-
-    When a run is resumed, the lines after its step are dropped from this and the other logs of its folder.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            for name in STEP_FILES:
-                drop_after(Path(args.output_dir) / name, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            record = {"step": state.global_step, "time": round(time.time(), 3), **logs}
-            append_lines(Path(args.output_dir) / METRICS_FILE, [record])
-
-
-def install(trainer: PrivilegedSelfDistillTrainer, console: Console | None = None) -> TrainerCallback:
+def install(trainer: RunTrainer, console: Console | None = None) -> View:
     """Replace the Trainer's progress bar by what suits where it runs: :class:`LiveView` in a terminal,
     :class:`~pgkd_peft.view.notebook.NotebookView` in Jupyter and Colab, :class:`PlainLines` elsewhere and with
-    ``disable_tqdm``."""
+    ``disable_tqdm``. A bar that somebody has taken away is replaced by nothing; a view that is there already stays.
+
+    Returns:
+        The view; its ``stop`` is to be called when training ends, by an exception as well.
+    """
+    there = trainer.callback_handler.callbacks
+    for callback in there:
+        if isinstance(callback, View):
+            return callback
     bar = transformers_trainer.DEFAULT_PROGRESS_CALLBACK
-    for kind in (bar, ProgressCallback, PrinterCallback):
-        trainer.remove_callback(kind)
-    console = console or Console(highlight=False)
-    callback: TrainerCallback
+    bars = [callback for callback in there if isinstance(callback, (bar, ProgressCallback, PrinterCallback))]
+    for callback in bars:
+        trainer.remove_callback(callback)
+    console = console or shared_console()
+    view: View
+    if not bars:
+        return View()
     if trainer.args.disable_tqdm or not hasattr(trainer, "last_rows"):  # the control sft has no rollouts to show
-        callback = PlainLines()
+        view = PlainLines()
     elif bar is not ProgressCallback:  # Transformers has found itself in a notebook
-        callback = NotebookView(trainer)
+        view = NotebookView(trainer)
     else:
         live = console.is_terminal and not console.is_dumb_terminal
-        callback = LiveView(trainer, console) if live else PlainLines()
-    trainer.add_callback(callback)
-    return callback
+        view = LiveView(trainer, console) if live else PlainLines()
+    trainer.add_callback(view)
+    return view
 
 
-class PlainLines(TrainerCallback):
+class PlainLines(View):
     """One line a log, for files and pipes."""
 
     def __init__(self) -> None:
@@ -124,14 +119,17 @@ def metric_parts(logs: Mapping[str, Any]) -> list[str]:
 class LiveView(Watch):
     """Progress, curves of the last steps and the newest rollout, redrawn in place twice a second.
 
+    It takes the lower half of the terminal, so that what is printed and logged can be read above it.
+
     Call :meth:`stop` when training ends by an exception: the cursor must come back.
     """
 
     def __init__(self, trainer: PrivilegedSelfDistillTrainer, console: Console | None = None):
         super().__init__(trainer)
-        self.console = console or Console(highlight=False)
+        self.console = console or shared_console()
         self._live: Live | None = None
         self._handlers: list[tuple[logging.StreamHandler, Any]] = []
+        self._shared = contextlib.ExitStack()
 
     # ---- the terminal ----------------------------------------------------------------------------------------------
 
@@ -140,7 +138,10 @@ class LiveView(Watch):
         if self._live is not None:
             return
         stderr = sys.stderr
-        self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2)
+        self._shared.enter_context(drawing_on(self.console))
+        self._live = Live(
+            get_renderable=self.render, console=self.console, refresh_per_second=2, vertical_overflow="crop"
+        )
         self._live.start()
         atexit.register(self.stop)
         for logger in [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]:
@@ -157,31 +158,28 @@ class LiveView(Watch):
             handler.setStream(stream)
         self._handlers.clear()
         live.stop()
+        self._shared.close()
         atexit.unregister(self.stop)
 
     # ---- the picture -----------------------------------------------------------------------------------------------
 
     def render(self) -> RenderableType:
-        """The view as it is now."""
-        wide = self.console.width >= 90
+        """The view as it is now, at most half as high as the terminal (but eight lines)."""
         width = self.console.width - 4
-        parts: list[RenderableType] = [self._progress()]
+        room = max(8, self.console.height // 2) - 2  # lines inside the border
+        parts: list[RenderableType] = [self._progress(narrow=width < 70)]
+        room -= 2
+        phases = self._phases(width)
+        rollout = self._rollout(width, lines=3 if room > 14 else 2 if room > 6 else 0)
+        room -= len(rollout) + (phases is not None)
         if self.history.get("divergence"):
-            left = (width - 3) // 2 if wide else width
-            chart, small = self._chart(left), self._sparklines(width - left - 3 if wide else width)
-            if wide:
-                grid = Table.grid(padding=(0, 3, 0, 0))
-                grid.add_row(chart, small)
-                parts += [Text(), grid]
-            else:
-                parts += [Text(), chart, Text(), small]
-            parts += [Text(), self._phases(width)]
-        if self.rollout is not None and self.console.height >= 24:
-            parts += [Text(), *self._rollout(width)]
+            parts += self._curves(width, room)
+        parts += [phases] if phases is not None else []
+        parts += rollout
         title = f"[bold]pgkd[/] · {visible(Path(str(self.trainer.args.output_dir)).name).replace('[', '(')}"
         return Panel(Group(*parts), title=title, title_align="left", border_style="dim")
 
-    def _progress(self) -> RenderableType:
+    def _progress(self, narrow: bool) -> RenderableType:
         grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
@@ -189,13 +187,46 @@ class LiveView(Watch):
         share = self.step / self.max_steps if self.max_steps else 0.0
         bar = ProgressBar(total=max(1, self.max_steps), completed=self.step, complete_style="green")
         pace, left = self.pace.seconds_a_step, self.pace.left(self.max_steps - self.step)
-        times = f"{clock(self.pace.elapsed)} gone"
+        words = [self.status] if narrow else [self.status, f"epoch {self.epoch:.2f}"]
+        words.append(f"{clock(self.pace.elapsed)} gone")
         if pace is not None:
-            times += f" · {clock(left)} left · {pace:.2f} s/step"
+            words += [f"{clock(left)} left", f"{pace:.2f} s/step"]
         grid.add_row(f"step {self.step}/{self.max_steps}", bar, f"{share:.0%}")
-        return Group(grid, Text(f"{self.status} · epoch {self.epoch:.2f} · {times}", style="dim"))
+        return Group(grid, Text(" · ".join(words), style="dim", no_wrap=True, overflow="ellipsis"))
 
-    def _chart(self, width: int, height: int = 7) -> RenderableType:
+    def _curves(self, width: int, room: int) -> list[RenderableType]:
+        """The divergence and the small curves in at most `room` lines; next to each other where there is the width."""
+        small = [entry for entry in SMALL if self.history.get(entry[0])]
+        if width >= 86 and room >= 7:
+            left = (width - 3) // 2
+            grid = Table.grid(padding=(0, 3, 0, 0))
+            height = min(room - 2, max(4, len(small) - 1))
+            grid.add_row(self._chart(left, height), self._sparklines(small[: room - 1], width - left - 3, 1))
+            return [Text(), grid]
+        columns = 2 if width >= 50 else 1
+        lines = -(-len(small) // columns)
+        chart = room - lines - 1  # of the divergence; what is left
+        parts: list[RenderableType] = []
+        if chart >= 3:
+            parts.append(self._chart(width, min(chart, 6)))
+            room -= 1 + min(chart, 6)
+        else:
+            parts.append(self._headline(width))
+            room -= 1
+        if room > 0 and small:
+            parts.append(self._sparklines(small[: room * columns], width, columns))
+        return parts
+
+    def _headline(self, width: int) -> RenderableType:
+        """The divergence in one line."""
+        values = self.history["divergence"]
+        unit = " nats/token " if width >= 40 else " "
+        text = Text.assemble(
+            ("divergence ", "bold"), (f"{values[-1]:.4f}", "bold magenta"), (unit, "dim"), no_wrap=True
+        )
+        return text.append(sparkline(values, max(1, width - text.cell_len)), style="magenta")
+
+    def _chart(self, width: int, height: int) -> RenderableType:
         values = list(self.history["divergence"])
         low, high = min(values), max(values)
         labels = [f"{high:.3g}", *[""] * (height - 2), f"{low:.3g}"]
@@ -206,38 +237,58 @@ class LiveView(Watch):
             text.append(f"\n{label:>{margin}} ", style="dim").append(row, style="magenta")
         return text
 
-    def _sparklines(self, width: int) -> RenderableType:
-        table = Table.grid(padding=(0, 2, 0, 0))
-        labels = [label for name, label, _ in SMALL if self.history.get(name)]
-        columns = max(6, width - max(map(len, labels), default=0) - 11)
-        for name, label, form in SMALL:
-            values = list(self.history.get(name, ()))
-            if values:
-                line = Text(sparkline(values, columns), style="cyan", no_wrap=True)
-                table.add_row(Text(label, style="dim"), line, Text(format(values[-1], form), style="bold"))
+    def _sparklines(self, entries: Sequence[tuple[str, str, str]], width: int, columns: int) -> RenderableType:
+        """Name, curve and last value of each, filling one column of the table after the other."""
+        gap, label, value = 3, 1 + max(len(name) for _, name, _ in entries), 7
+        line = max(1, (width - gap * (columns - 1)) // columns - label - value)
+        table = Table.grid(padding=0)
+        for i in range(columns):
+            if i:
+                table.add_column(width=gap)
+            table.add_column(width=label, no_wrap=True, style="dim")
+            table.add_column(width=line, no_wrap=True, style="cyan")
+            table.add_column(width=value, no_wrap=True, justify="right", style="bold")
+        lines = -(-len(entries) // columns)
+        for i in range(lines):
+            cells: list[Text] = []
+            for name, shown, form in entries[i::lines]:
+                values = list(self.history[name])
+                cells += [Text()] * bool(cells) + [Text(shown), Text(sparkline(values, line))]
+                cells.append(Text(format(values[-1], form)))
+            table.add_row(*cells)
         return table
 
-    def _phases(self, width: int) -> RenderableType:
+    def _phases(self, width: int) -> Text | None:
+        """Seconds a step of each phase, and their shares as a bar, in one line."""
         seconds = self.phase_seconds
         total = sum(seconds.values())
         if not total:
-            return Text()
-        text = Text()
+            return None
+        text = Text(no_wrap=True)
         for name, style in STYLES.items():
-            text.append("━" * max(1, round(width * seconds[name] / total)), style=style)
-        text.truncate(width)
-        legend = Text("\n")
+            text.append("● ", style=style).append(f"{name} {seconds[name]:.2f} s  ")
+        room = width - text.cell_len
+        if room < len(STYLES):
+            text.truncate(width, overflow="ellipsis")
+            return text
+        bar = Text()
         for name, style in STYLES.items():
-            legend.append("● ", style=style).append(f"{name} {seconds[name]:.2f} s   ")
-        return text.append_text(legend)
+            bar.append("━" * max(1, round(room * seconds[name] / total)), style=style)
+        bar.truncate(room)
+        return text.append_text(bar)
 
-    def _rollout(self, width: int) -> list[RenderableType]:
-        assert self.rollout is not None
-        prompt, answer = (" ".join(visible(text).split()) for text in self.rollout)
-        room = 3 * width
-        prompt = "…" + prompt[-(width - 10) :] if len(prompt) > width - 10 else prompt
-        answer = answer[: room - 1] + "…" if len(answer) > room else answer
-        return [Text.assemble(("rollout ", "bold"), (prompt, "dim")), Text(answer or "(empty)", style="italic")]
+    def _rollout(self, width: int, lines: int) -> list[Text]:
+        """The newest rollout in `lines` lines: what was asked, and the answer."""
+        if self.rollout is None or not lines:
+            return []
+        asked, answer = (" ".join(visible(text).split()) for text in self.rollout)
+        head = Text.assemble(("rollout ", "bold"), (asked, "dim"), no_wrap=True)
+        head.truncate(width, overflow="ellipsis")
+        shown = Text(answer or "(empty)", style="italic").wrap(self.console, width)
+        cut = list(shown[: lines - 1])
+        if len(shown) > len(cut):
+            cut[-1] = Text(cut[-1].plain.rstrip()[: width - 1] + "…", style="italic")
+        return [head, *cut]
 
 
 def resample(values: Sequence[float], points: int) -> list[float]:
