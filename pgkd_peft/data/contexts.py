@@ -278,7 +278,10 @@ class ContextBuilder:
         template_kwargs: Mapping[str, Any] | None,
         add_generation_prompt: bool,
     ) -> str:
-        pinned = {"chat_template": with_date(self._template(tools), self.today)} if self.date_note else {}
+        pinned = {}
+        if self.date_note:
+            template = str(self.tokenizer.get_chat_template(None, tools))  # that of several which is used with tools
+            pinned = {"chat_template": with_date(template, self.today)}
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -292,10 +295,6 @@ class ContextBuilder:
             raise DataError(f"the chat template refuses the conversation: {lines[0]}") from error
         check_unicode(text, "the rendered conversation")
         return text
-
-    def _template(self, tools: list[Any] | None) -> str:
-        """The source of the template that is used with or without tools."""
-        return str(self.tokenizer.get_chat_template(None, tools))
 
     @cached_property
     def _arguments_type(self) -> type | None:

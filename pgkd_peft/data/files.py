@@ -15,10 +15,11 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
-from ..errors import DataError, reason
+from ..errors import DataError, reason, wide_encoding
 from .row import load_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+PROMPT_SUFFIXES = (".txt", ".md")  # a list of prompts, where one such file is named; in a folder they are its README
 # Data that is not read; in a folder it is not left out without a word.
 _UNREAD_SUFFIXES = {".gz", ".zst", ".bz2", ".xz", ".zip", ".ndjson", ".jsonlines", ".arrow", ".feather"}
 _UNREAD_SUFFIXES |= {".xlsx", ".tar", ".tgz", ".avro", ".orc", ".parq", ".pq"}
@@ -117,10 +118,8 @@ def read_rows(path: Path) -> list[Any]:
 def _check_encoding(path: Path) -> None:
     """Refuse text that is not UTF-8 before each of its lines is called broken."""
     with path.open("rb") as file:
-        start = file.read(4096)
-    # JSON and CSV begin with ASCII, of which UTF-16 and UTF-32 make bytes that are 0.
-    if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")) or b"\x00" in start[:4]:
-        kind = "UTF-32" if b"\x00\x00" in start[:4] else "UTF-16"
+        kind = wide_encoding(file.read(4096))
+    if kind is not None:
         raise DataError(
             f"{path} is {kind} text (PowerShell's `>` writes UTF-16); write it as UTF-8, e.g. with "
             f"iconv -f {kind} -t UTF-8, or Get-Content FILE | Set-Content -Encoding utf8 NEW"
@@ -224,7 +223,49 @@ def _read_csv(path: Path) -> list[Any]:
     return rows
 
 
+_ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+(?=\S)")
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """Rows of one user turn: of text a line each, of Markdown a list item each, or a paragraph where it has no list."""
+    try:
+        text = path.read_bytes().removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}; write it as UTF-8") from error
+    lines = text.splitlines()
+    if (first := text.lstrip()[:1]) == "{" or (first == "[" and path.suffix.lower() == ".txt"):
+        return _read_json(path)  # under another name
+    if path.suffix.lower() == ".txt":
+        prompts: list[str | BrokenRow] = [line.strip() for line in lines if line.strip()]
+    elif any(_ITEM.match(line) for line in lines):
+        prompts = _list_items(path, lines)
+    else:
+        blocks = re.split(r"\n\s*\n", "\n".join(line for line in lines if not line.startswith("#")))
+        prompts = [block.strip() for block in blocks if block.strip()]
+    return [
+        prompt if isinstance(prompt, BrokenRow) else {"messages": [{"role": "user", "content": prompt}]}
+        for prompt in prompts
+    ]
+
+
+def _list_items(path: Path, lines: Sequence[str]) -> list[str | BrokenRow]:
+    """The items of a Markdown list, with the indented lines that go on from them; headings are left out."""
+    items: list[str | BrokenRow] = []
+    for number, line in enumerate(lines, 1):
+        item = _ITEM.match(line)
+        if item and not (items and line.startswith("  ")):
+            items.append(line[item.end() :].strip())
+        elif line.strip() and not line.startswith("#"):
+            if items and line.startswith((" ", "\t")):
+                items[-1] = type(items[-1])(f"{items[-1]}\n{line.strip()}")
+            else:
+                fault = f"{path.name} line {number}: neither a list item, nor a heading, nor indented below an item"
+                items.append(BrokenRow(fault))
+    return items
+
+
 _READERS: dict[str, Callable[[Path], list[Any]]] = {
+    **dict.fromkeys(PROMPT_SUFFIXES, _read_prompts),
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
