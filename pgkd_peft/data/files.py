@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -151,7 +152,8 @@ def _read_jsonl(path: Path) -> list[Any]:
             if not line:
                 continue
             try:
-                row = _object(load_json(line.decode("utf-8")), check_unicode=b"\\u" in line)
+                odd = b"NaN" in line or b"Infinity" in line
+                row = _object(load_json(line.decode("utf-8")), check_unicode=b"\\u" in line, check_numbers=odd)
             except (ValueError, RecursionError) as error:
                 utf8 = "; the file is not UTF-8, write it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
                 row = BrokenRow(reason(error) + utf8)
@@ -180,12 +182,24 @@ def _read_json(path: Path) -> list[Any]:
     return [BrokenRow(f"{path.name}: {row}") if isinstance(row, BrokenRow) else row for row in rows]
 
 
-def _object(row: Any, check_unicode: bool = True) -> Any:
+def _object(row: Any, check_unicode: bool = True, check_numbers: bool = True) -> Any:
     if not isinstance(row, dict):
         return BrokenRow(f"{type(row).__name__}, not an object")
+    if check_numbers and (name := next((name for name, value in row.items() if _holds_odd_number(value)), None)):
+        return BrokenRow(f"`{name}` holds NaN or Infinity, which JSON has not; write null, or a text")
     if check_unicode and not _encodable(row):
         return BrokenRow("has a lone surrogate, which is not valid Unicode")
     return row
+
+
+def _holds_odd_number(value: Any, nested: bool = False) -> bool:
+    """Whether NaN or an infinity stands inside a list or an object, where it would become null; a column of numbers
+    may have them."""
+    if isinstance(value, dict):
+        return any(_holds_odd_number(item, True) for item in value.values())
+    if isinstance(value, list):
+        return any(_holds_odd_number(item, True) for item in value)
+    return nested and isinstance(value, float) and not math.isfinite(value)
 
 
 def _encodable(value: Any) -> bool:

@@ -320,7 +320,7 @@ def _json_like(value: Any, where: str) -> Any:
     """`value` without None, refused unless it could be written as JSON (the chat template prints it)."""
     value = _strip_none(value, where)
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where} cannot be written as JSON: {error}") from error
     return value
