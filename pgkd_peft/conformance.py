@@ -130,6 +130,12 @@ def _in_training(model: nn.Module, packed: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def _compare(base: nn.Module, wanted: list[torch.Tensor], found: list[torch.Tensor], fault: str) -> None:
+    if not all(bool(torch.isfinite(logits).all()) for logits in wanted):
+        dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+        raise ModelError(
+            f"the base itself gives NaN or infinite logits on a short row ({type(base).__name__}, {dtype}): its files "
+            "hold such numbers, or the dtype is too small for it. Download it again, or use another --dtype."
+        )
     tolerance = TOLERANCE.get(base.get_input_embeddings().weight.dtype, TOLERANCE_16)  # type: ignore[operator, union-attr]
     kl = max(_mean_kl(p, q) for p, q in zip(wanted, found))
     if not kl <= tolerance:

@@ -138,8 +138,10 @@ def wide_encoding(start: bytes) -> str | None:
             return name
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
-    if b"\x00\x00\x00" in start:
-        return "UTF-32BE" if start.startswith(b"\x00\x00") else "UTF-32LE"
+    lanes, full = [start[i::4].count(0) for i in range(4)], 0.9 * (len(start) // 4)
+    for (empty, other), letters, name in (((2, 3), 0, "UTF-32LE"), ((0, 1), 3, "UTF-32BE")):
+        if min(lanes[empty], lanes[other]) >= max(full, 1) and lanes[letters] < full / 2:
+            return name
     high, low = start[0::2].count(0), start[1::2].count(0)
     if not high + low or 40 * max(high, low) < len(start) or max(high, low) < 4 * min(high, low):
         return None  # a stray one in other text

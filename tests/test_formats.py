@@ -213,7 +213,7 @@ def test_a_text_file_is_the_pi_of_rows_without_any(tmp_path):
         give_privileged(own, file, KEY)
     assert give_privileged(own, file, KEY, unless_given=True)[KEY] == ["own", None]
     (tmp_path / "no.txt").write_text("\n")
-    for name, words in (("no.txt", "is empty"), ("tone.pdf", "give a text file"), ("none.md", "cannot be read")):
+    for name, words in (("no.txt", "is empty"), ("tone.pdf", "give a text file"), ("none.md", "which is no file")):
         with pytest.raises(ValueError, match=words):
             give_privileged(own, str(tmp_path / name), KEY)
 

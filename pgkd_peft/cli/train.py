@@ -223,17 +223,17 @@ def evaluation_callbacks(data: DataArguments, config: PrivilegedGKDConfig, held_
     Raises:
         DataError: held-out rows that cannot be scored, all in one report.
     """
+    neutral = None
+    if data.neutral_dataset_name is not None:  # also where `pgkd eval` alone will ask for it
+        neutral = load_named(
+            data.neutral_dataset_name, split=split_of(data.neutral_dataset_name, data.neutral_dataset_split)
+        )
     if config.eval_strategy == "no" or held_out is None:
         return []
     callbacks: list[Any] = []
     if data.scorer is not None:
         from ..evaluation.gap_callback import RecoveredGapCallback
 
-        neutral = None
-        if data.neutral_dataset_name is not None:
-            neutral = load_named(
-                data.neutral_dataset_name, split=split_of(data.neutral_dataset_name, data.neutral_dataset_split)
-            )
         callbacks.append(
             RecoveredGapCallback(list(held_out), data.scorer, answer_key=data.answer_key, neutral_rows=neutral)
         )

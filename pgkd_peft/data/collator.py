@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError
 from .answer import answer_text, closes_tag, continue_opening, thinking_fault
 from .contexts import ContextBuilder, Contexts
 from .shown import check_shown, holds, lost_thoughts, split_thoughts
@@ -358,4 +358,7 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     if tokenizer.chat_template:
         _, end_of_turn = turn_end_texts(ContextBuilder(tokenizer))
         ids.update(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"])
+    odd = [token_id for token_id in ids if token_id is not None and not isinstance(token_id, int)]
+    if odd:
+        raise ModelError(f"eos_token_id of the model's generation_config.json is {odd[0]!r}; a token id is a number")
     return sorted(int(token_id) for token_id in ids if token_id is not None)

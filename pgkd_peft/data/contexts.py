@@ -117,6 +117,8 @@ class ContextBuilder:
                 f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template; "
                 "use an instruct model or set tokenizer.chat_template"
             )
+        if "\x00" in source_of(tokenizer):
+            raise ModelError("the chat template holds characters 0, as UTF-16 text does; save it as UTF-8")
         self.tokenizer = tokenizer
         self.privileged_key = privileged_key
         self.max_privileged_length = max_privileged_length

@@ -139,9 +139,9 @@ def read_parquet(files: list[Path]) -> Dataset:
             raise DataError(f"{path}: not a readable Parquet file: {reason(error)}") from error
     try:
         return Dataset(pa.concat_tables(tables, promote_options="default"))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, TypeError, NotImplementedError) as error:  # or a type that datasets lacks
         names = ", ".join(path.name for path in files)
-        raise DataError(f"the columns of {names} do not fit together: {reason(error)}") from error
+        raise DataError(f"the columns of {names} cannot be read together: {reason(error)}") from error
 
 
 def _read_jsonl(path: Path) -> list[Any]:
@@ -220,6 +220,12 @@ def _read_csv(path: Path) -> list[Any]:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             lines = (cells for cells in reader if len(cells) > 1 or any(cell.strip() for cell in cells))
             header = next(lines, [])
+            other = next((mark for mark in ",;\t|" if mark != delimiter and mark in "".join(header[:1])), None)
+            if len(header) == 1 and other is not None:
+                raise DataError(
+                    f"{path} has the one column {header[0]!r}; are its cells divided by {other!r}? A .csv file has "
+                    "commas, a .tsv file tabs"
+                )
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: the header names a column twice: {', '.join(header)}")
             for cells in lines:
@@ -229,7 +235,7 @@ def _read_csv(path: Path) -> list[Any]:
                 else:
                     rows.append(BrokenRow(f"{where}: {len(cells)} cells, the header has {len(header)}"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error}") from error
+        raise DataError(f"{path}: not UTF-8 text: {error}; write it as UTF-8") from error
     except csv.Error as error:  # the reader does not know where the next row starts
         rows.append(BrokenRow(f"{path.name} line {reader.line_num}: {error} (and nothing after it was read)"))
     finally:

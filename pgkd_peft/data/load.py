@@ -85,6 +85,8 @@ def give_privileged(dataset: Dataset, path: str, privileged_key: str, *, unless_
     """
     if Path(path).suffix.lower() not in PROMPT_SUFFIXES:
         raise ConfigError(f"privileged_file is {path!r}; give a text file ({' or '.join(PROMPT_SUFFIXES)})")
+    if not Path(path).is_file():
+        raise ConfigError(f"privileged_file is {path!r}, which is no file")
     text = read_text(path, "privileged_file").strip()
     if not text:
         raise ConfigError(f"privileged_file {path!r} is empty; it must hold what only the teacher reads")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTra
 
 from ..config import PrivilegedGKDConfig, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, read_text
-from .adapters import ADAPTER_FILE, STUDENT, load_adapter
+from .adapters import ADAPTER_FILE, STUDENT, load_adapter, refuse_broken_numbers
 from .architecture import fused_experts, lora_targets, shares
 from .cpu import guard_cpu_linear4bit, use_short_backward
 from .head import check_head_frozen, refuse_trainable_head
@@ -195,6 +195,7 @@ def check_before_loading(
         check_lora(read_object(Path(adapter) / "adapter_config.json"), f"{adapter}/adapter_config.json")
         refuse_trainable_head(LoraConfig.from_pretrained(adapter))
         tensor_shapes(Path(adapter) / ADAPTER_FILE)
+        refuse_broken_numbers(Path(adapter) / ADAPTER_FILE)
     elif peft_config is not None:
         check_lora(peft_config)
         refuse_trainable_head(peft_config)
