@@ -12,6 +12,7 @@ import math
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .config import PrivilegedGKDConfig
 from .data.check import DataReport
 from .data.collator import DataCollatorForPrivilegedGKD
 from .data.row import parse_privileged
+from .data.template import source_of, writes_date
 from .engines.merged import free_bytes
 from .errors import DataError
 from .model.head import Head
@@ -52,6 +54,24 @@ PLACEMENTS: tuple[tuple[str, str | None], ...] = (
     ("system", None),
 )
 """Placement and wording of the PI that the probe compares; the first stays unless another is clearly better."""
+
+
+def settle_contexts(
+    config: PrivilegedGKDConfig,
+    tokenizer: Any,
+    datasets: Iterable[Iterable[Any] | None],
+    context_length: int | None,
+) -> None:
+    """What both contexts depend on, where nobody gave it: the date of the template, the budget of the PI."""
+    settle_template_date(config, tokenizer)
+    settle_privileged_length(config, tokenizer, datasets, context_length)
+
+
+def settle_template_date(config: PrivilegedGKDConfig, tokenizer: Any) -> None:
+    """Where the chat template writes the date into prompts and nobody gave ``template_date``: today, for good, so that
+    a run that is resumed or evaluated on another day reads the same prompts."""
+    if config.is_open("template_date") and writes_date(source_of(tokenizer)):
+        config.choose("template_date", date.today().isoformat(), "the chat template writes the date into prompts")
 
 
 def settle_privileged_length(
@@ -250,6 +270,7 @@ def collator_with(
         privileged_placement=placement,
         privileged_template=template,
         allow_privileged_cut=True,
+        template_date=config.template_date,
     )
 
 

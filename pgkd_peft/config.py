@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from transformers import Trainer, get_scheduler
 from trl.experimental.gkd import GKDConfig
 
@@ -267,6 +268,8 @@ class PrivilegedGKDConfig(GKDConfig):
         self._check_choices()
         self._check_ranges()
         self._check_mappings()
+        self._check_checkpointing()
+        self._check_evaluation()
         self._check_optimizer()
         self._check_trackers()
 
@@ -409,6 +412,23 @@ class PrivilegedGKDConfig(GKDConfig):
                 raise ConfigError(
                     f'{name} is {value!r}; it must be a mapping (on the command line JSON, {{"name": 1}}).'
                 )
+
+    def _check_checkpointing(self) -> None:
+        """Torch would refuse a name that it does not know in the first step."""
+        accepted = [*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "every_n_layers"]
+        for field_name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            for name in getattr(self, field_name) or {}:
+                if name not in accepted or name in ("function", "args", "kwargs"):
+                    known = ", ".join(sorted({*accepted} - {"function", "args", "kwargs"}))
+                    raise ConfigError(f"{field_name} has {name!r}, which it does not know ({known}).")
+
+    def _check_evaluation(self) -> None:
+        """What is about evaluations means nothing without one."""
+        if self.eval_strategy != "no":
+            return
+        for name in ("eval_on_start", "load_best_model_at_end"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is set, but nothing is evaluated; set eval_strategy (and eval_steps).")
 
     def _check_optimizer(self) -> None:
         """Optimizer and scheduler are made when training begins; what they lack is found out now, on one number."""

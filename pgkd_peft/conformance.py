@@ -187,6 +187,12 @@ def _compare(
     base: nn.Module, wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], fault: str, *, exact: bool = False
 ) -> None:
     """`exact`: both come from the same products, which differ by the order of sums at most."""
+    if not all(bool(torch.isfinite(logits).all()) for logits in wanted):
+        dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+        raise ModelError(
+            f"the base itself gives NaN or infinite logits on a short row ({type(base).__name__}, {dtype}): its files "
+            "hold such numbers, or the dtype is too small for it. Download it again, or use another --dtype."
+        )
     tolerance = TOLERANCE.get(base.get_input_embeddings().weight.dtype, TOLERANCE_16)  # type: ignore[operator, union-attr]
     if exact:
         tolerance = min(tolerance, TOLERANCE_AGAIN)

@@ -128,6 +128,26 @@ def refuse_pointer(path: Path) -> None:
         )
 
 
+def wide_encoding(start: bytes) -> str | None:
+    """The name of UTF-16 or UTF-32, with or without its mark, by the first bytes of a text; None for any other.
+
+    Without a mark: such text has a 0 in every ASCII character (spaces, digits, commas), always on the same side.
+    """
+    for mark, name in ((b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32")):
+        if start.startswith(mark):
+            return name
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    lanes, full = [start[i::4].count(0) for i in range(4)], 0.9 * (len(start) // 4)
+    for (empty, other), letters, name in (((2, 3), 0, "UTF-32LE"), ((0, 1), 3, "UTF-32BE")):
+        if min(lanes[empty], lanes[other]) >= max(full, 1) and lanes[letters] < full / 2:
+            return name
+    high, low = start[0::2].count(0), start[1::2].count(0)
+    if not high + low or 40 * max(high, low) < len(start) or max(high, low) < 4 * min(high, low):
+        return None  # a stray one in other text
+    return "UTF-16BE" if high > low else "UTF-16LE"
+
+
 def read_text(path: str | Path, what: str) -> str:
     """The text of a file that a user named; `what` is the flag or setting that names it.
 
@@ -136,6 +156,10 @@ def read_text(path: str | Path, what: str) -> str:
     """
     refuse_pointer(Path(path))
     advice = "Save it as UTF-8 text."
+    with explained(f"{what} {str(path)!r} cannot be read"), Path(path).open("rb") as file:
+        kind = wide_encoding(file.read(4096))
+    if kind is not None:
+        raise ModelError(f"{what} {str(path)!r} is {kind} text. {advice[:-1]}: iconv -f {kind} -t UTF-8.")
     with explained(f"{what} {str(path)!r} cannot be read as UTF-8 text", advice=advice):
         return Path(path).read_text(encoding="utf-8-sig")  # with the mark that Windows editors put first, or without
 

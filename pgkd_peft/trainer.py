@@ -30,7 +30,7 @@ from trl.experimental.gkd import GKDTrainer
 from .automatic import (
     choose_placement,
     settle_checkpointing,
-    settle_privileged_length,
+    settle_contexts,
     settle_training,
     start_block,
 )
@@ -40,13 +40,14 @@ from .conformance import check_model
 from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .data.feedback import load_feedback, with_feedback
+from .data.formats import messages_of
 from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .errors import ConfigError, PGKDError, explained
 from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.head import Head
 from .model.load import base_of
-from .model.student import build_student, context_length, find_tokenizer, hidden_size
+from .model.student import build_student, context_length, embedding_rows, find_tokenizer, hidden_size
 from .prefix import plan_teacher
 from .rollout import generate, generate_mixed, window_generator
 from .rollout_log import RolloutLogCallback, distinct, write_final_traces
@@ -343,11 +344,12 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         args = _usable(model, args, eval_dataset, formatting_func=formatting_func, compute_metrics=compute_metrics)
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
+        train_dataset, eval_dataset = _as_messages(train_dataset, eval_dataset, data_collator, args)
         tokenizer = find_tokenizer(model, processing_class, args)
-        context = context_length(model, args)
+        limits = context_length(model, args), embedding_rows(model, args)
         many = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        settle_privileged_length(args, tokenizer, [train_dataset, *many], context)
-        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
+        settle_contexts(args, tokenizer, [train_dataset, *many], limits[0])
+        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, *limits)
         train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         eval_dataset = _all_checked(eval_dataset, collator, args)
 
@@ -371,7 +373,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             and report is not None
             and choose_placement(args, tokenizer, train_dataset, teacher, self.teacher_head)
         ):
-            collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
+            collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, *limits)
             train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         settle_training(args, hidden_size(student), report.rows if report else None)
         settle_checkpointing(args, student, report)
@@ -521,6 +523,14 @@ def _usable(model: Any, args: Any, eval_dataset: Any, **unusable: Any) -> Privil
             "--eval_dataset_name), or set eval_strategy to no."
         )
     return args
+
+
+def _as_messages(train: Any, evaluation: Any, collator: Any, args: PrivilegedGKDConfig) -> tuple[Any, Any]:
+    """Both sets of rows with `messages`, whatever format they are in; another collator reads its own."""
+    if collator is not None and not isinstance(collator, DataCollatorForPrivilegedGKD):
+        return train, evaluation
+    key = args.privileged_key
+    return messages_of(train, "train_dataset", key), messages_of(evaluation, "eval_dataset", key)
 
 
 def _all_checked(eval_dataset: Any, collator: Any, args: PrivilegedGKDConfig) -> Any:

@@ -9,12 +9,14 @@ import json
 import pytest
 from datasets import Dataset
 from test_context import TOOL_ROW, TOOLS, builder, row
-from tiny import ROWS
+from tiny import ROWS, byte_tokenizer
 
+from pgkd_peft.data.check import validate_rows
+from pgkd_peft.data.collator import DataCollatorForPrivilegedGKD
 from pgkd_peft.data.files import to_dataset
 from pgkd_peft.data.load import load_rows
 from pgkd_peft.data.row import parse_row
-from pgkd_peft.errors import DataError
+from pgkd_peft.errors import DataError, ModelError, read_text, wide_encoding
 
 KEY = "privileged_messages"
 
@@ -38,6 +40,62 @@ def test_a_call_without_arguments_has_an_empty_object(written):
 def test_arguments_that_are_no_object_are_refused(written):
     with pytest.raises(DataError, match=r"messages\[1\].tool_calls\[0\] has arguments .*give an object"):
         parse_row(call(written), KEY)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_that_json_has_not_are_refused_where_they_would_become_null(tmp_path, name):
+    rows = [{**answer(content="A"), "score": float("nan")}, call({"x": [float("inf")]})]
+    text = json.dumps(rows) if name == "a.json" else "".join(json.dumps(each) + "\n" for each in rows)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"1 of 2 rows .*(?s:.*)`messages` holds NaN or Infinity"):
+        load_rows(tmp_path / name)
+    with pytest.raises(DataError, match="cannot be written as JSON"):
+        parse_row(rows[1], KEY)
+
+
+@pytest.mark.parametrize("value", [[{"name": "f", "parameters": {}}], '[{"name": "f"}]', {"name": ["f"]}])
+def test_functions_beside_messages_are_refused(value):
+    given = {**answer(content="A"), "functions": value}
+    with pytest.raises(DataError, match=r"`functions` .* write it as `tools`"):
+        parse_row(given, KEY)
+    with pytest.raises(DataError, match="row 0: `functions`"):
+        validate_rows([given], DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    parse_row({**given, "tools": [{"name": "f"}]}, KEY)
+    parse_row({**given, "functions": ["f"]}, KEY)  # some other column
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", ["вопрос,ответ\nчто это, дом\n", "\n\n" + json.dumps(row("u:Q"))])
+def test_wide_text_without_its_mark_is_named(tmp_path, encoding, text):
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match=f"is {wide(encoding)} text.*iconv -f {wide(encoding)} "):
+        load_rows(tmp_path / "a.csv")
+    with pytest.raises(ModelError, match=f"is {wide(encoding)} text"):
+        read_text(tmp_path / "a.csv", "file")
+
+
+def wide(encoding: str) -> str:
+    return encoding[:6].upper() + encoding[7:].upper()
+
+
+def test_other_text_is_not_called_wide():
+    for text in (b"plain", b"", "漢字".encode(), b"one \x00 stray zero in a longer line of text" * 3, b"\xff\xf0"):
+        assert wide_encoding(text) is None, text
+
+
+def test_tokens_beyond_the_embedding_are_refused_by_row():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    made = DataCollatorForPrivilegedGKD(tokenizer, vocabulary=262)
+    rows = [row("u:Q", "a:A"), row("u:a <new> b"), row("u:Q", "a:<new>"), row("u:Q", "a:A", pi="<new>")]
+    with pytest.raises(DataError) as error:
+        validate_rows(rows, made)
+    assert error.value.rows == (1, 2, 3)
+    for number, what in ((1, "the prompt"), (2, "the answer"), (3, "the teacher's prompt")):
+        assert f"row {number}: {what} holds the token '<new>' (id 262), for which the model's embedding of 262" in str(
+            error.value
+        )
+    assert validate_rows(rows, DataCollatorForPrivilegedGKD(tokenizer, vocabulary=263)).rows == 4
 
 
 @pytest.mark.parametrize("number", [2**63, 2**64, -(2**63) - 1, 10**30])
@@ -149,7 +207,7 @@ def test_lists_by_key_from_parquet(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_another_encoding_is_named_with_the_fix(tmp_path, name, encoding):
     (tmp_path / name).write_bytes(json.dumps(ROWS[0]).encode(encoding))
-    with pytest.raises(DataError, match=f"is {encoding[:6].upper()} text.*write it as UTF-8") as error:
+    with pytest.raises(DataError, match=f"is {encoding[:6].upper()}.* text.*write it as UTF-8") as error:
         load_rows(tmp_path / name)
     assert "decode" not in str(error.value)
 

@@ -228,3 +228,12 @@ def test_the_date_that_a_template_writes_is_told_and_can_be_pinned():
     assert "pinned to 2024-02-29" in pinned.notes[0]
     assert pinned.render_student(pinned.build(row("u:Q"))).startswith("Today is 29 February 2024.")
     assert ContextBuilder(byte_tokenizer(swap(dated, "strftime_now('%d %B %Y')", "'x'"))).notes == []
+
+
+def test_a_date_whose_format_is_a_variable_is_pinned_too():
+    dated = "\n{% set how = '%Y' ~ '-%m' %}{{ strftime_now(how) }} 100%% {% if strftime_now is defined %}yes{% endif %}"
+    pinned = ContextBuilder(
+        byte_tokenizer(dated + "{{ strftime_now('%-d %b, 5%%') }}" + CHATML), template_date="2024-02-09"
+    )
+    text = pinned.render_student(pinned.build(row("u:Q")))
+    assert text.startswith("\n2024-02 100%% yes9 Feb, 5%<|im_start|>")

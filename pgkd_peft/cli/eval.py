@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.files import NoSplitError
 from ..data.holdout import trained_on
+from ..data.load import give_privileged
 from ..data.named import load_named, split_of
 from ..errors import ConfigError, DataError, read_text
 from ..evaluation.controls import CONTROLS, check_controls
@@ -65,6 +66,10 @@ class EvalArguments:
     )
     columns: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Column templates, as for pgkd train. Default: those of the run."}
+    )
+    privileged_file: str | None = field(
+        default=None,
+        metadata={"help": "A .txt or .md file with the PI of rows that come without PI. Default: that of the run."},
     )
     scorer: str | None = field(
         default=None,
@@ -290,11 +295,15 @@ def held_out_rows(run: AdapterRun, args: EvalArguments) -> tuple[list[Mapping[st
         "privileged_key": privileged_key(run),
     }
     try:
-        rows = list(load_named(name, split=told or split_of(name, recipe.get("dataset_test_split", "test")), **how))
+        dataset = load_named(name, split=told or split_of(name, recipe.get("dataset_test_split", "test")), **how)
     except NoSplitError:
         if told is not None or args.dataset_name is not None:
             raise
-        rows = list(load_named(name, split=recipe.get("dataset_train_split", "train"), **how))
+        dataset = load_named(name, split=recipe.get("dataset_train_split", "train"), **how)
+    file = args.privileged_file or recipe.get("privileged_file")
+    if file is not None:
+        dataset = give_privileged(dataset, file, how["privileged_key"], unless_given=args.privileged_file is None)
+    rows = list(dataset)
     return rows[: args.limit], len(rows)
 
 
@@ -334,11 +343,13 @@ def collator_of(run: AdapterRun, *, trust_remote_code: bool = False) -> DataColl
     """The collator that the run trained with, from its tokenizer and run.json; the defaults where that says nothing."""
     from ..data.collator import DataCollatorForPrivilegedGKD
     from ..model.load import load_tokenizer
+    from ..model.student import text_config
 
     source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
     tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
     # of an answer only the prompt is read here, so no length is too long
-    return DataCollatorForPrivilegedGKD.from_settings(tokenizer, run.info.get("config", {}), max_length=None)
+    limits = {"max_length": None, "vocabulary": getattr(text_config(run.base, trust_remote_code), "vocab_size", None)}
+    return DataCollatorForPrivilegedGKD.from_settings(tokenizer, run.info.get("config", {}), **limits)
 
 
 def load_student(run: AdapterRun, *, trust_remote_code: bool = False) -> PeftModel:

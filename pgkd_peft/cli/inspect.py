@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..automatic import settle_privileged_length, settle_training
+from ..automatic import settle_contexts, settle_training
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError
 from ..evaluation.preflight import Cost, Effect, ProbeTrainer, measure_cost, measure_effect, probe_args, scorer_for
-from ..model.student import context_length, find_tokenizer, hidden_size
+from ..model.student import context_length, embedding_rows, find_tokenizer, hidden_size
 from ..view.inspect import inspect_rows, make_console
 from ..view.preflight import show_cost, show_effect
 
@@ -62,8 +62,9 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = find_tokenizer(model.model_name_or_path, None, config)
     train_rows, eval_rows = load_datasets(data, config)
     context = context_length(model.model_name_or_path, config)
-    settle_privileged_length(config, tokenizer, [train_rows, eval_rows], context)
-    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config, context)
+    vocabulary = embedding_rows(model.model_name_or_path, config)
+    settle_contexts(config, tokenizer, [train_rows, eval_rows], context)
+    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config, context, vocabulary)
     code = inspect_rows(train_rows, collator, config, console, count=own.rows)
     if eval_rows is not None:
         console.print(Text("\nrows to evaluate on", style="bold"))

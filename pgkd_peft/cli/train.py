@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PrivilegedGKDConfig
+from ..data.files import NoSplitError
 from ..data.holdout import hold_out, write_rows, write_trained
-from ..data.named import load_named, own_held_out, split_of
+from ..data.load import give_privileged
+from ..data.named import data_path, load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
 from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at
 from ..run.console import fitted
@@ -216,17 +218,17 @@ def evaluation_callbacks(data: DataArguments, config: PrivilegedGKDConfig, held_
     Raises:
         DataError: held-out rows that cannot be scored, all in one report.
     """
+    neutral = None
+    if data.neutral_dataset_name is not None:  # also where `pgkd eval` alone will ask for it
+        neutral = load_named(
+            data.neutral_dataset_name, split=split_of(data.neutral_dataset_name, data.neutral_dataset_split)
+        )
     if config.eval_strategy == "no" or held_out is None:
         return []
     callbacks: list[Any] = []
     if data.scorer is not None:
         from ..evaluation.gap_callback import RecoveredGapCallback
 
-        neutral = None
-        if data.neutral_dataset_name is not None:
-            neutral = load_named(
-                data.neutral_dataset_name, split=split_of(data.neutral_dataset_name, data.neutral_dataset_split)
-            )
         callbacks.append(
             RecoveredGapCallback(list(held_out), data.scorer, answer_key=data.answer_key, neutral_rows=neutral)
         )
@@ -249,13 +251,16 @@ def load_datasets(data: DataArguments, config: PrivilegedGKDConfig) -> tuple[Dat
 
     def load(name: str | None, split: str) -> Dataset:
         assert name is not None
-        return load_named(
+        rows = load_named(
             name,
             split=split,
             config_name=data.dataset_config,
             columns=data.columns if isinstance(data.columns, dict) else None,
             privileged_key=config.privileged_key,
         )
+        if data.privileged_file is not None:
+            rows = give_privileged(rows, data.privileged_file, config.privileged_key)
+        return rows
 
     train_dataset = load(data.dataset_name, data.dataset_train_split)
     if data.eval_dataset_name is not None:
@@ -281,8 +286,10 @@ def _own_or_split_off(
     if (own := own_held_out(data.dataset_name, data.dataset_test_split)) and data.holdout_rows is None:
         try:
             held_out = load(*own)
-        except DataError:
-            if "dataset_test_split" in data.told and config.eval_strategy != "no":
+        except DataError as error:
+            local = Path(data_path(data.dataset_name)).exists()  # what a file says is whole; the Hub's client says less
+            asked = "dataset_test_split" in data.told and config.eval_strategy != "no"
+            if asked or (local and not isinstance(error, NoSplitError)):
                 raise
         else:
             data.held_out = {"dataset_name": own[0], "split": own[1]}

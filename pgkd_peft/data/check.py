@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from ..config import PrivilegedGKDConfig
 from ..errors import ConfigError, DataError
 from .collator import DataCollatorForPrivilegedGKD, RowTooLongError
-from .columns import COLUMNS
+from .columns import COLUMNS, LEGACY_COLUMNS
 from .contexts import Contexts
 from .files import bad_rows_error, ranges, to_dataset
 from .load import _column_names, _near
@@ -103,7 +103,9 @@ def validate_rows(
     key = collator.builder.privileged_key
     columns = _column_names(rows)
     if isinstance(rows, Dataset):
-        rows = rows.select_columns([name for name in (*COLUMNS, key) if name in columns] or columns[:1])
+        rows = rows.select_columns(
+            [name for name in (*COLUMNS, *LEGACY_COLUMNS, key) if name in columns] or columns[:1]
+        )
     faults: dict[int, str] = {}
     kept: list[int] = []
     skipped: list[int] = []
@@ -141,8 +143,7 @@ def validate_rows(
     prompt, teacher, completion, privileged, cut = (list(column) for column in zip(*lengths))
     warnings = []
     if not any(privileged) and not collator.keep_sources:  # else the PI is made while training
-        missing = "" if key in columns else f" (there is no column {key!r}{_near(key, columns)})"
-        warnings.append(f"no row has PI{missing}: the teacher sees what the student sees, nothing will be learnt")
+        warnings.append(_without_privileged(key, columns))
     if skipped:
         warnings.append(f"{len(skipped)} rows are longer than max_length={collator.max_length} and are left out")
     if any(cut):
@@ -167,6 +168,14 @@ def validate_rows(
         fingerprint=fingerprint(rows, key),
         teacher_prompts=teacher_prompts,
         answers=answers,
+    )
+
+
+def _without_privileged(key: str, columns: Sequence[str]) -> str:
+    missing = "" if key in columns else f" (there is no column {key!r}{_near(key, columns)})"
+    return (
+        f"no row has PI{missing}: the teacher sees what the student sees, nothing will be learnt; "
+        "--privileged_file FILE gives all rows one"
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError
 from .answer import answer_text, closes_tag, continue_opening, thinking_fault
 from .contexts import ContextBuilder, Contexts
 from .shown import check_shown, holds, lost_thoughts, split_thoughts
@@ -59,6 +59,7 @@ class DataCollatorForPrivilegedGKD:
         context_length: positions that the model has, which prompt and answer must fit; None for no limit.
         max_new_tokens: length of an answer that is yet to be written, for `context_length`.
         template_date: the day (YYYY-MM-DD) that chat templates write as today's; None for the day of today.
+        vocabulary: rows of the model's embedding, below which every token id must be; None where that is not known.
 
     Raises:
         ConfigError, ModelError: a setting or the tokenizer cannot work.
@@ -77,6 +78,7 @@ class DataCollatorForPrivilegedGKD:
         context_length: int | None = None,
         max_new_tokens: int = 0,
         template_date: str | None = None,
+        vocabulary: int | None = None,
     ):
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length}; give a number of tokens, or None for no limit")
@@ -84,6 +86,7 @@ class DataCollatorForPrivilegedGKD:
         self.max_length = max_length
         self.allow_privileged_cut = allow_privileged_cut
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
+        self.vocabulary = vocabulary
         self.keep_sources = False  # a batch then holds the data rows too, as `sources`
         self.builder = ContextBuilder(
             tokenizer,
@@ -100,7 +103,11 @@ class DataCollatorForPrivilegedGKD:
 
     @classmethod
     def from_config(
-        cls, tokenizer: Any, config: PrivilegedGKDConfig, context_length: int | None = None
+        cls,
+        tokenizer: Any,
+        config: PrivilegedGKDConfig,
+        context_length: int | None = None,
+        vocabulary: int | None = None,
     ) -> DataCollatorForPrivilegedGKD:
         """The collator with the settings of a :class:`~pgkd_peft.config.PrivilegedGKDConfig`.
 
@@ -112,6 +119,7 @@ class DataCollatorForPrivilegedGKD:
             vars(config),
             max_length=config.max_length,
             context_length=context_length,
+            vocabulary=vocabulary,
             max_new_tokens=config.max_new_tokens if config.lmbda > 0 or config.seq_kd else 0,
         )
         made.keep_sources = config.feedback is not None
@@ -175,9 +183,10 @@ class DataCollatorForPrivilegedGKD:
 
     def check_length(self, encoded: dict[str, Any]) -> dict[str, Any]:
         """Return what :meth:`encode` made if nothing of the row would be lost: the conversation fits into `max_length`,
-        the PI into its budget, and both prompts with an answer into the model's context.
+        the PI into its budget, and both prompts with an answer into the model's context and its vocabulary.
 
         Raises:
+            DataError: a token has no row in the model's embedding.
             RowTooLongError: the conversation does not fit; nothing of it is ever cut.
             PrivilegedTooLongError: the PI does not.
         """
@@ -193,7 +202,24 @@ class DataCollatorForPrivilegedGKD:
             )
         self._check_privileged(encoded["contexts"])
         self._check_context(encoded)
+        self._check_vocabulary(encoded)
         return encoded
+
+    def _check_vocabulary(self, encoded: dict[str, Any]) -> None:
+        if self.vocabulary is None:
+            return
+        for name, what in (
+            ("student_ids", "the prompt"),
+            ("teacher_ids", "the teacher's prompt"),
+            ("completion_ids", "the answer"),
+        ):
+            beyond = max(encoded[name], default=0)
+            if beyond >= self.vocabulary:
+                raise DataError(
+                    f"{what} holds the token {self.tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}), for which "
+                    f"the model's embedding of {self.vocabulary} rows has none; take it out of the text, or use the "
+                    "tokenizer that the model was trained with"
+                )
 
     def _check_privileged(self, contexts: Contexts) -> None:
         if contexts.privileged_tokens_cut and not self.allow_privileged_cut:
@@ -334,4 +360,7 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     if tokenizer.chat_template:
         _, end_of_turn = turn_end_texts(ContextBuilder(tokenizer))
         ids.update(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"])
+    odd = [token_id for token_id in ids if token_id is not None and not isinstance(token_id, int)]
+    if odd:
+        raise ModelError(f"eos_token_id of the model's generation_config.json is {odd[0]!r}; a token id is a number")
     return sorted(int(token_id) for token_id in ids if token_id is not None)

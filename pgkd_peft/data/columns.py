@@ -9,7 +9,8 @@
 
 Templates are Jinja, run in a sandbox: a recipe from elsewhere can read a row's columns and nothing else. Two rules
 beyond Jinja's: a template whose columns are all empty in a row gives "" (so no "Worked solution:" without one), and a
-column's template that is nothing but ``{{ name }}`` hands the value over as it is, a message list for example. One
+column's template that is nothing but ``{{ name }}`` hands the value over as it is, a message list for example. A
+column whose name Jinja cannot take is ``{{ row["Question text"] }}``. One
 filter beyond Jinja's: ``{{ answer | regex_replace("<<.*?>>", "") }}`` replaces what a regular expression finds (where
 backslashes are doubled, as in any text of a template; ``[.]`` needs none).
 """
@@ -26,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ConfigError, DataError
 
-_BARE_COLUMN = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+_BARE_COLUMN = re.compile(r"""\{\{\s*(?:(\w+)|row\[(["'])(.+)\2\])\s*\}\}""")
 
 
 class ColumnMap:
@@ -80,6 +81,14 @@ class ColumnMap:
             names = meta.find_undeclared_variables(self._environment.parse(text)) - set(self._environment.globals)
         except TemplateSyntaxError as error:
             raise ConfigError(f"{where} is not a valid template: {error.message} (line {error.lineno})") from error
+        bare = _BARE_COLUMN.fullmatch(text.strip())
+        column = (bare[1] or re.sub(r"\\(.)", r"\1", bare[3])) if bare else None
+        if column and bare and not bare[1]:
+            names = {column}
+        whole = "row" in names and "row" not in self._available
+        if whole:  # any of them
+            names -= {"row"}
+            self.sources |= set(self._available)
         for name in sorted(names - set(self._available)):
             near = difflib.get_close_matches(name, self._available, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -88,16 +97,15 @@ class ColumnMap:
                 f"Its columns are: {', '.join(self._available)}"
             )
         self.sources |= names
-        bare = _BARE_COLUMN.fullmatch(text.strip())
 
         def make(row: Mapping[str, Any]) -> Any:
             values = {name: row.get(name) for name in names}
-            if names and all(value is None or value == "" for value in values.values()):
+            if names and not whole and all(value is None or value == "" for value in values.values()):
                 return ""
-            if bare and not nested and not isinstance(values[bare[1]], (int, float)):
-                return values[bare[1]]
+            if column and not nested and not isinstance(values[column], (int, float)):
+                return values[column]
             try:
-                return template.render(values)
+                return template.render(values if "row" in values else {**values, "row": row})
             except (
                 TemplateError,
                 re.error,
@@ -112,4 +120,6 @@ class ColumnMap:
         return make
 
 
+# The columns that are read from a row, beside the PI column.
 COLUMNS = ("messages", "tools", "chat_template_kwargs", "teacher_chat_template_kwargs")
+LEGACY_COLUMNS = ("functions",)  # looked at, to be refused

@@ -117,6 +117,8 @@ class ContextBuilder:
                 f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template; "
                 "use an instruct model or set tokenizer.chat_template"
             )
+        if "\x00" in source_of(tokenizer):
+            raise ModelError("the chat template holds characters 0, as UTF-16 text does; save it as UTF-8")
         self.tokenizer = tokenizer
         self.privileged_key = privileged_key
         self.max_privileged_length = max_privileged_length
@@ -278,7 +280,10 @@ class ContextBuilder:
         template_kwargs: Mapping[str, Any] | None,
         add_generation_prompt: bool,
     ) -> str:
-        pinned = {"chat_template": with_date(self._template(tools), self.today)} if self.date_note else {}
+        pinned = {}
+        if self.date_note:
+            template = str(self.tokenizer.get_chat_template(None, tools))  # that of several which is used with tools
+            pinned = {"chat_template": with_date(template, self.today)}
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -292,10 +297,6 @@ class ContextBuilder:
             raise DataError(f"the chat template refuses the conversation: {lines[0]}") from error
         check_unicode(text, "the rendered conversation")
         return text
-
-    def _template(self, tools: list[Any] | None) -> str:
-        """The source of the template that is used with or without tools."""
-        return str(self.tokenizer.get_chat_template(None, tools))
 
     @cached_property
     def _arguments_type(self) -> type | None:

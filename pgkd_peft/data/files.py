@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
-from ..errors import DataError, reason
+from ..errors import DataError, reason, wide_encoding
 from .row import load_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+PROMPT_SUFFIXES = (".txt", ".md")  # a list of prompts, where one such file is named; in a folder they are its README
 # Data that is not read; in a folder it is not left out without a word.
 _UNREAD_SUFFIXES = {".gz", ".zst", ".bz2", ".xz", ".zip", ".ndjson", ".jsonlines", ".arrow", ".feather"}
 _UNREAD_SUFFIXES |= {".xlsx", ".tar", ".tgz", ".avro", ".orc", ".parq", ".pq"}
@@ -117,10 +119,8 @@ def read_rows(path: Path) -> list[Any]:
 def _check_encoding(path: Path) -> None:
     """Refuse text that is not UTF-8 before each of its lines is called broken."""
     with path.open("rb") as file:
-        start = file.read(4096)
-    # JSON and CSV begin with ASCII, of which UTF-16 and UTF-32 make bytes that are 0.
-    if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")) or b"\x00" in start[:4]:
-        kind = "UTF-32" if b"\x00\x00" in start[:4] else "UTF-16"
+        kind = wide_encoding(file.read(4096))
+    if kind is not None:
         raise DataError(
             f"{path} is {kind} text (PowerShell's `>` writes UTF-16); write it as UTF-8, e.g. with "
             f"iconv -f {kind} -t UTF-8, or Get-Content FILE | Set-Content -Encoding utf8 NEW"
@@ -139,9 +139,9 @@ def read_parquet(files: list[Path]) -> Dataset:
             raise DataError(f"{path}: not a readable Parquet file: {reason(error)}") from error
     try:
         return Dataset(pa.concat_tables(tables, promote_options="default"))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, TypeError, NotImplementedError) as error:  # or a type that datasets lacks
         names = ", ".join(path.name for path in files)
-        raise DataError(f"the columns of {names} do not fit together: {reason(error)}") from error
+        raise DataError(f"the columns of {names} cannot be read together: {reason(error)}") from error
 
 
 def _read_jsonl(path: Path) -> list[Any]:
@@ -152,7 +152,8 @@ def _read_jsonl(path: Path) -> list[Any]:
             if not line:
                 continue
             try:
-                row = _object(load_json(line.decode("utf-8")), check_unicode=b"\\u" in line)
+                odd = b"NaN" in line or b"Infinity" in line
+                row = _object(load_json(line.decode("utf-8")), check_unicode=b"\\u" in line, check_numbers=odd)
             except (ValueError, RecursionError) as error:
                 utf8 = "; the file is not UTF-8, write it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
                 row = BrokenRow(reason(error) + utf8)
@@ -181,12 +182,24 @@ def _read_json(path: Path) -> list[Any]:
     return [BrokenRow(f"{path.name}: {row}") if isinstance(row, BrokenRow) else row for row in rows]
 
 
-def _object(row: Any, check_unicode: bool = True) -> Any:
+def _object(row: Any, check_unicode: bool = True, check_numbers: bool = True) -> Any:
     if not isinstance(row, dict):
         return BrokenRow(f"{type(row).__name__}, not an object")
+    if check_numbers and (name := next((name for name, value in row.items() if _holds_odd_number(value)), None)):
+        return BrokenRow(f"`{name}` holds NaN or Infinity, which JSON has not; write null, or a text")
     if check_unicode and not _encodable(row):
         return BrokenRow("has a lone surrogate, which is not valid Unicode")
     return row
+
+
+def _holds_odd_number(value: Any, nested: bool = False) -> bool:
+    """Whether NaN or an infinity stands inside a list or an object, where it would become null; a column of numbers
+    may have them."""
+    if isinstance(value, dict):
+        return any(_holds_odd_number(item, True) for item in value.values())
+    if isinstance(value, list):
+        return any(_holds_odd_number(item, True) for item in value)
+    return nested and isinstance(value, float) and not math.isfinite(value)
 
 
 def _encodable(value: Any) -> bool:
@@ -207,6 +220,12 @@ def _read_csv(path: Path) -> list[Any]:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             lines = (cells for cells in reader if len(cells) > 1 or any(cell.strip() for cell in cells))
             header = next(lines, [])
+            other = next((mark for mark in ",;\t|" if mark != delimiter and mark in "".join(header[:1])), None)
+            if len(header) == 1 and other is not None:
+                raise DataError(
+                    f"{path} has the one column {header[0]!r}; are its cells divided by {other!r}? A .csv file has "
+                    "commas, a .tsv file tabs"
+                )
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: the header names a column twice: {', '.join(header)}")
             for cells in lines:
@@ -216,7 +235,7 @@ def _read_csv(path: Path) -> list[Any]:
                 else:
                     rows.append(BrokenRow(f"{where}: {len(cells)} cells, the header has {len(header)}"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error}") from error
+        raise DataError(f"{path}: not UTF-8 text: {error}; write it as UTF-8") from error
     except csv.Error as error:  # the reader does not know where the next row starts
         rows.append(BrokenRow(f"{path.name} line {reader.line_num}: {error} (and nothing after it was read)"))
     finally:
@@ -224,7 +243,49 @@ def _read_csv(path: Path) -> list[Any]:
     return rows
 
 
+_ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+(?=\S)")
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """Rows of one user turn: of text a line each, of Markdown a list item each, or a paragraph where it has no list."""
+    try:
+        text = path.read_bytes().removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}; write it as UTF-8") from error
+    lines = text.splitlines()
+    if (first := text.lstrip()[:1]) == "{" or (first == "[" and path.suffix.lower() == ".txt"):
+        return _read_json(path)  # under another name
+    if path.suffix.lower() == ".txt":
+        prompts: list[str | BrokenRow] = [line.strip() for line in lines if line.strip()]
+    elif any(_ITEM.match(line) for line in lines):
+        prompts = _list_items(path, lines)
+    else:
+        blocks = re.split(r"\n\s*\n", "\n".join(line for line in lines if not line.startswith("#")))
+        prompts = [block.strip() for block in blocks if block.strip()]
+    return [
+        prompt if isinstance(prompt, BrokenRow) else {"messages": [{"role": "user", "content": prompt}]}
+        for prompt in prompts
+    ]
+
+
+def _list_items(path: Path, lines: Sequence[str]) -> list[str | BrokenRow]:
+    """The items of a Markdown list, with the indented lines that go on from them; headings are left out."""
+    items: list[str | BrokenRow] = []
+    for number, line in enumerate(lines, 1):
+        item = _ITEM.match(line)
+        if item and not (items and line.startswith("  ")):
+            items.append(line[item.end() :].strip())
+        elif line.strip() and not line.startswith("#"):
+            if items and line.startswith((" ", "\t")):
+                items[-1] = type(items[-1])(f"{items[-1]}\n{line.strip()}")
+            else:
+                fault = f"{path.name} line {number}: neither a list item, nor a heading, nor indented below an item"
+                items.append(BrokenRow(fault))
+    return items
+
+
 _READERS: dict[str, Callable[[Path], list[Any]]] = {
+    **dict.fromkeys(PROMPT_SUFFIXES, _read_prompts),
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -69,6 +69,10 @@ def hold_out(
     if wanted == 0:
         few = f"{len(with_pi)} rows with PI are too few" if count is None else "as was asked for"
         return Split(dataset, None, f"none is held out: {few}")
+    if count is not None and count >= len(with_pi) > 0:
+        raise ConfigError(
+            f"holdout_rows is {count}, but only {len(with_pi)} rows have PI; keep some of them to train on"
+        )
     groups, what = _groups(parsed, with_pi, list(dataset[group_key]) if group_key is not None else None)
     candidates = [members for members in groups if any(i in set(with_pi) for i in members)]
     random.Random(seed).shuffle(candidates)

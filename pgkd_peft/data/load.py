@@ -12,9 +12,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
-from ..errors import DataError, reason
+from ..errors import ConfigError, DataError, read_text, reason
 from .columns import ColumnMap
 from .files import (
+    PROMPT_SUFFIXES,
     SUFFIXES,
     BrokenRow,
     NoSplitError,
@@ -24,9 +25,8 @@ from .files import (
     read_rows,
     to_dataset,
 )
+from .formats import as_messages, mapping_for
 from .row import parse_row
-
-"""The columns that are read from a row, beside the PI column."""
 
 
 def load_rows(
@@ -41,11 +41,14 @@ def load_rows(
 
     Args:
         path_or_name: a .jsonl, .json, .parquet, .csv or .tsv file (one split, `train`), a directory of such files
-            (split by file or folder names), a directory that ``Dataset.save_to_disk`` wrote, or a Hub name.
+            (split by file or folder names), a directory that ``Dataset.save_to_disk`` wrote, or a Hub name; also a .txt
+            file with a prompt a line, or a .md file with a prompt a list item (or paragraph).
         split: its name, also sliced as in `train[:100]`.
         config_name: configuration of a Hub data set.
         columns: target columns and their templates, see :mod:`pgkd_peft.data.columns`. Other columns are kept.
         privileged_key: the PI column's name.
+
+    Rows of other projects' formats are converted, see :mod:`pgkd_peft.data.formats`.
 
     Nested columns of JSON files are held as JSON (``datasets.Json``), so rows need not have the same keys or types.
 
@@ -57,7 +60,7 @@ def load_rows(
     path = Path(where).expanduser()
     if path.exists():
         dataset = _load_local(path, split, None if columns else privileged_key)
-    elif path.suffix.lower() in SUFFIXES or where.startswith((".", "/", "~")):
+    elif path.suffix.lower() in (*SUFFIXES, *PROMPT_SUFFIXES) or where.startswith((".", "/", "~")):
         raise DataError(f"{where}: no such file or directory{_near_file(path)}")
     else:
         dataset = _load_hub(where, config_name, split)
@@ -65,14 +68,51 @@ def load_rows(
         raise DataError(f"{where} (split {split}) has no rows, or rows without columns")
     if columns is not None:
         dataset = map_columns(dataset, columns)
+    dataset = as_messages(dataset, where, privileged_key)
     if "messages" not in dataset.column_names:
-        raise DataError(
-            f"{where} has no column `messages`{_near('messages', dataset.column_names)}; its columns are: "
-            f"{', '.join(dataset.column_names)}. Map them with `columns:`, e.g. messages: "
-            '[{role: user, content: "{{ question }}"}, {role: assistant, content: "{{ answer }}"}], '
-            f'{privileged_key}: "{{{{ solution }}}}"'
-        )
+        raise _no_messages(dataset, where, privileged_key)
     return dataset
+
+
+def give_privileged(dataset: Dataset, path: str, privileged_key: str, *, unless_given: bool = False) -> Dataset:
+    """The rows, each with the text of a .txt or .md file as its PI.
+
+    Args:
+        unless_given: rows that have PI of their own stay as they are, instead of being an error.
+
+    Raises:
+        ConfigError: the file cannot be used, or rows have PI of their own.
+    """
+    if Path(path).suffix.lower() not in PROMPT_SUFFIXES:
+        raise ConfigError(f"privileged_file is {path!r}; give a text file ({' or '.join(PROMPT_SUFFIXES)})")
+    if not Path(path).is_file():
+        raise ConfigError(f"privileged_file is {path!r}, which is no file")
+    text = read_text(path, "privileged_file").strip()
+    if not text:
+        raise ConfigError(f"privileged_file {path!r} is empty; it must hold what only the teacher reads")
+    if privileged_key in dataset.column_names:
+        own = sum(value not in (None, "", []) for value in dataset[privileged_key])
+        if own and unless_given:
+            return dataset
+        if own:
+            raise ConfigError(
+                f"privileged_file gives every row the same PI, but {own} of {len(dataset)} rows have PI of their own "
+                f"(column {privileged_key!r}); drop one of the two"
+            )
+        dataset = dataset.remove_columns(privileged_key)
+    return dataset.add_column(privileged_key, [text] * len(dataset))
+
+
+def _no_messages(dataset: Dataset, where: str, privileged_key: str) -> DataError:
+    """Says so, with the mapping that would do it."""
+    names = dataset.column_names
+    near = difflib.get_close_matches("messages", names, 1)
+    block = mapping_for(dataset, privileged_key, near[0] if near else None)
+    rated = " (Rated rows: keep the good ones alone.)" if {"completion", "label"} <= set(names) else ""
+    return DataError(
+        f"{where} has no column `messages`{_near('messages', names)}; its columns are: {', '.join(names)}. Map them "
+        f"with `columns:`, in a recipe{rated}" + (f", for example:\n{block}" if block else "; none of them holds text")
+    )
 
 
 def map_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
@@ -101,8 +141,9 @@ def map_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
 def _load_local(path: Path, split: str, privileged_key: str | None) -> Dataset:
     base = split.partition("[")[0]
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
+        accepted = (*SUFFIXES, *PROMPT_SUFFIXES)
+        if path.suffix.lower() not in accepted:
+            raise DataError(f"{path}: unknown kind of file; accepted are {', '.join(accepted)}")
         if base != "train":
             raise NoSplitError(f"{path} is one file, so its only split is `train`; asked for was {split!r}")
         dataset = _read_files([path], privileged_key)

@@ -67,6 +67,7 @@ def parse_row(row: Any, privileged_key: str) -> ParsedRow:
             answer = None
     if not any(message["role"] == "user" for message in messages):
         raise DataError("`messages` has no user turn before the answer; there is nothing to answer")
+    _check_legacy(row)
     kwargs = parse_template_kwargs(row, "chat_template_kwargs")
     return ParsedRow(
         messages=messages,
@@ -78,13 +79,28 @@ def parse_row(row: Any, privileged_key: str) -> ParsedRow:
     )
 
 
+def _check_legacy(row: Mapping[str, Any]) -> None:
+    """Refuse the schemas of OpenAI's older format, which nobody would show to the model."""
+    value = row.get("functions")
+    if row.get("tools") or not value:
+        return
+    try:
+        items = lists_by_key(listed(value, "functions"), "functions")
+    except DataError:
+        return  # some other column of that name
+    if isinstance(items, (list, tuple)) and items and all(isinstance(i, Mapping) and "name" in i for i in items):
+        raise DataError(
+            "`functions` (an older format) is not read; write it as `tools`: [{'type': 'function', 'function': {...}}]"
+        )
+
+
 def parse_messages(value: Any, field: str) -> list[dict[str, Any]]:
     """A conversation as a list of clean message dicts: known role, text content, no None-filled keys.
 
     Raises:
         DataError: names the field and index at fault.
     """
-    value = _lists_by_key(_listed(value, field), field)
+    value = lists_by_key(listed(value, field), field)
     if isinstance(value, Mapping):
         raise DataError(f"`{field}` is one message; put it into a list")
     if not isinstance(value, (list, tuple)):
@@ -102,7 +118,7 @@ def parse_privileged(value: Any, field: str) -> list[dict[str, Any]]:
     """
     if value is None:
         return []
-    value = _lists_by_key(_listed_messages(value), field)
+    value = lists_by_key(_listed_messages(value), field)
     if isinstance(value, str):
         check_unicode(value, f"`{field}`")
         return [{"role": "user", "content": value}] if value.strip() else []
@@ -138,7 +154,7 @@ def parse_template_kwargs(row: Mapping[str, Any], field: str) -> dict[str, Any]:
 
 def parse_tools(value: Any) -> list[Any] | None:
     """A row's tool schemas (a list of dicts, or the JSON text of the list or of each), None when there are none."""
-    value = _lists_by_key(_from_json(value, "tools"), "tools")
+    value = lists_by_key(_from_json(value, "tools"), "tools")
     if value is None or value == []:
         return None
     if not isinstance(value, (list, tuple)):
@@ -191,7 +207,7 @@ def _parse_message(message: Any, where: str, blank_allowed: bool = False) -> dic
 
 
 def _text(content: Any, where: str) -> str:
-    content = _lists_by_key(content, where)
+    content = lists_by_key(content, where)
     if isinstance(content, (list, tuple)):
         for part in content:
             kind = part.get("type", "text") if isinstance(part, Mapping) else None
@@ -208,7 +224,7 @@ def _text(content: Any, where: str) -> str:
 
 def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as a dict: data sets often hold them as JSON text, templates expect a dict."""
-    calls = _lists_by_key(_from_json(calls, where), where)
+    calls = lists_by_key(_from_json(calls, where), where)
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
         raise DataError(f"{where} is {kind_of(calls)}; give a list of dicts")
     parsed = []
@@ -238,7 +254,7 @@ def _check_weight(answer: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _listed(value: Any, field: str) -> Any:
+def listed(value: Any, field: str) -> Any:
     """A list or dict that a CSV cell holds as JSON text; any other value as it is."""
     return _from_json(value, field) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
 
@@ -254,7 +270,7 @@ def _listed_messages(value: Any) -> Any:
     return items if all(isinstance(item, dict) and "role" in item for item in items) else value
 
 
-def _lists_by_key(value: Any, field: str) -> Any:
+def lists_by_key(value: Any, field: str) -> Any:
     """A list of dicts that is written as a dict of lists, as `datasets` writes its old `Sequence` of dicts.
 
     Raises:
@@ -304,7 +320,7 @@ def _json_like(value: Any, where: str) -> Any:
     """`value` without None, refused unless it could be written as JSON (the chat template prints it)."""
     value = _strip_none(value, where)
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where} cannot be written as JSON: {error}") from error
     return value

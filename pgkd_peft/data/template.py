@@ -43,9 +43,24 @@ def day_of(text: str | None) -> date:
         raise ConfigError(f"template_date is {text!r}; give a day like 2026-01-31") from error
 
 
+def writes_date(source: str) -> bool:
+    """Whether a template asks what day it is."""
+    return "strftime_now" in source
+
+
 def with_date(source: str, day: date) -> str:
-    """The template with `day` in the place of today's, so that all prompts of a run hold the same."""
-    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda found: repr(day.strftime(found[2])), source)
+    """The template with `day` in the place of today's, so that all prompts of a run hold the same.
+
+    A macro takes the place of Transformers' function: what the template passes to it may be a variable.
+    """
+    found = {letter: day.strftime(f"%{letter}") for letter in "aAwdbBmyYHIpMSfjUWuVGcxXzZ"}
+    pairs = [("%%", "\ue000")]  # a mark that no text has
+    pairs += [(f"%-{letter}", words.lstrip("0") or "0") for letter, words in found.items()]
+    pairs += [(f"%{letter}", words) for letter, words in found.items()]
+    pairs += [("\ue000", "%")]
+    text = " | ".join(["format", *(f"replace({code!r}, {words!r})" for code, words in pairs)])
+    # The expression at the end keeps the template's first line break, which a block would take away.
+    return "{% macro strftime_now(format) %}{{ " + text + " }}{% endmacro %}{{ '' }}" + source
 
 
 def near_variable(name: str, read: set[str]) -> str | None:
@@ -64,7 +79,7 @@ def unread_variable(name: str, read: set[str]) -> str:
 
 def date_note(source: str, read: set[str] | None, today: date, pinned: bool) -> str | None:
     """A line that says that prompts hold the date, and how to pin it; None for a template without one."""
-    if "strftime_now" not in source:
+    if not writes_date(source):
         return None
     if pinned:
         return f"the chat template writes the date into prompts, which is pinned to {today}"

@@ -9,14 +9,14 @@ from peft import PeftConfig
 from transformers import BitsAndBytesConfig, TrainerCallback, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..automatic import settle_privileged_length, settle_training
+from ..automatic import settle_contexts, settle_training
 from ..base_trainer import RunTrainer
 from ..config import PrivilegedGKDConfig
 from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..errors import ConfigError, explained
 from ..model.architecture import zero_dropout
-from ..model.student import build_student, context_length, find_tokenizer, hidden_size
+from ..model.student import build_student, context_length, embedding_rows, find_tokenizer, hidden_size
 from ..run.console import show_log_lines
 from ..trl_compat import keep_adapter
 
@@ -43,9 +43,9 @@ class SFTControlTrainer(RunTrainer):
     ):
         show_log_lines(main_process=args.process_index == 0)
         tokenizer = find_tokenizer(model, None, args)
-        context = context_length(model, args)
-        settle_privileged_length(args, tokenizer, [train_dataset, eval_dataset], context)
-        collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context)
+        context, vocabulary = context_length(model, args), embedding_rows(model, args)
+        settle_contexts(args, tokenizer, [train_dataset, eval_dataset], context)
+        collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, context, vocabulary)
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # the rows are tokens already, none of them too long
         rows, report = checked_rows(train_dataset, collator, args, "train_dataset")
         set_seed(args.seed)

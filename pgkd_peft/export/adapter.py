@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from ..config import QUANTIZATIONS, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object
-from ..model.adapters import load_adapter
+from ..model.adapters import load_adapter, refuse_broken_numbers
 from ..model.cpu import guard_cpu_linear4bit
 from ..model.frozen import FrozenCheck
 from ..model.load import bnb_config, load_base, tensor_shapes
@@ -98,6 +98,7 @@ def read_run(
     config = read_object(folder / ADAPTER_CONFIG)
     _check_adapter_config(config, folder)
     tensor_shapes(folder / ADAPTER_FILE)  # whole, before anything is loaded
+    refuse_broken_numbers(folder / ADAPTER_FILE)
     run_folder, info = _find_json(folder, RUN_FILE)
     for key, kind in INFO_TYPES.items():
         if info.get(key) is not None and not isinstance(info[key], kind):

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import CheckpointError, explained, refuse_pointer
+from ..errors import CheckpointError, ModelError, explained, refuse_pointer
 
 STUDENT = "default"  # PEFT's name of the one adapter that trains
 
@@ -113,6 +113,19 @@ def adapter_state(model: nn.Module, which: str) -> Iterator[nn.Module]:
             for param, needed in requires_grad:
                 if param.requires_grad != needed:
                     param.requires_grad_(needed)
+
+
+def refuse_broken_numbers(path: Path) -> None:
+    """Raises ModelError for an adapter file whose numbers no layer could add: no fractions, NaN, infinite ones."""
+    for name, tensor in load_file(path).items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(f"{path} is no adapter that can be used: {name} holds {kind}, not floating-point numbers.")
+        if not torch.isfinite(tensor.float()).all():
+            raise ModelError(
+                f"{path} is broken: {name} holds NaN or infinite numbers, so the run that wrote it went wrong. Use an "
+                "earlier checkpoint."
+            )
 
 
 @torch.no_grad()

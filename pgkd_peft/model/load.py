@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def load_base(
         model, loading = auto_class(config).from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **where, **model_kwargs
         )
-    _check_all_loaded(name_or_path, loading)
+    _check_all_loaded(name_or_path, model, loading)
     if model_kwargs.get("device_map") is None:
         model.to(device)
     guard_cpu_linear4bit(model)
@@ -205,8 +206,17 @@ def _check_stored(name: str, config: Any, asked: BitsAndBytesConfig | None) -> N
         )
 
 
-def _check_all_loaded(name: str, loading: dict[str, Any]) -> None:
-    """Every weight came from the files: what is missing or of another shape would be random numbers."""
+def _check_all_loaded(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Every weight came from the files, where what is missing or of another shape would be random numbers; and no layer
+    of the files was left out. (Heads and towers that this architecture does not have may be there.)"""
+    own = {re.sub(r"\d+", "#", key) for key, _ in model.named_parameters(remove_duplicate=False)}
+    left = sorted(key for key in loading.get("unexpected_keys") or () if re.sub(r"\d+", "#", key) in own)
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise ModelError(
+            f"the files of {name!r} hold {', '.join(left[:3])}{more}, layers that config.json does not have, so a part "
+            "of the model would be left out. Use the config.json that belongs to these weights."
+        )
     wrong = [key if isinstance(key, str) else str(key[0]) for key in loading.get("mismatched_keys") or ()]
     for what, keys in (("lack", sorted(loading.get("missing_keys") or ())), ("hold in another shape", sorted(wrong))):
         if keys:

@@ -37,6 +37,9 @@ def check_lora(config: PeftConfig | Mapping[str, Any], source: str = "the LoRA s
     kind = settings.get("peft_type")
     if kind is not None and str(getattr(kind, "value", kind)) != "LORA":
         raise ModelError(f"{source} is a {kind} adapter; only LORA (DoRA, rsLoRA) can be trained here.")
+    task = settings.get("task_type")
+    if task is not None and str(getattr(task, "value", task)) != "CAUSAL_LM":
+        raise ConfigError(f"{source}: task_type is {task!s}; only CAUSAL_LM writes text. Remove it (lora_task_type).")
     _check_numbers(settings, source)
     if settings.get("bias") not in (None, "none"):
         raise ConfigError(
@@ -44,6 +47,9 @@ def check_lora(config: PeftConfig | Mapping[str, Any], source: str = "the LoRA s
             "as it is. Use bias='none' (lora_bias=True gives the adapter biases of its own)."
         )
     trained = ("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices")
+    targets = settings.get("target_modules")
+    if targets is not None and not isinstance(targets, (str, list, tuple, set)):
+        raise ConfigError(f"{source}: target_modules is {targets!r}; it must be a list of names, or one text.")
     if settings.get("target_modules") is not None and not any(settings.get(name) for name in trained):
         raise ConfigError(f"{source}: target_modules is empty, so nothing would train. Name modules, or 'all-linear'.")
     init = settings.get("init_lora_weights", True)

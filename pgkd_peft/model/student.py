@@ -12,7 +12,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTra
 
 from ..config import PrivilegedGKDConfig, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, read_text
-from .adapters import ADAPTER_FILE, STUDENT, load_adapter
+from .adapters import ADAPTER_FILE, STUDENT, load_adapter, refuse_broken_numbers
 from .architecture import fused_experts, lora_targets, shares
 from .cpu import guard_cpu_linear4bit, use_short_backward
 from .head import check_head_frozen, refuse_trainable_head
@@ -78,19 +78,32 @@ def _revision(model: Any, args: PrivilegedGKDConfig) -> str | None:
 def context_length(model: Any, args: PrivilegedGKDConfig) -> int | None:
     """Positions that the model has (``max_position_embeddings``), read before its weights are; None where it says
     nothing."""
-    config = getattr(model, "config", None)
+    config = text_config(model, args.trust_remote_code, _revision(model, args))
+    return getattr(config, "max_position_embeddings", None)
+
+
+def embedding_rows(model: Any, args: PrivilegedGKDConfig) -> int | None:
+    """Rows of the model's embedding: token ids must be below it. Read before the weights are, from the config; None
+    where it says nothing."""
+    if isinstance(model, torch.nn.Module):
+        return int(base_of(model).get_input_embeddings().weight.shape[0])
+    return getattr(text_config(model, args.trust_remote_code, _revision(model, args)), "vocab_size", None)
+
+
+def text_config(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The config of the text part of a model, or of one on disk (an adapter's: of its base); None where there is none
+    to be read."""
+    config: Any = getattr(model, "config", None)
     if isinstance(model, str):
         try:
             config = AutoConfig.from_pretrained(
                 adapter_base(model) if is_adapter_folder(model) else model,
-                trust_remote_code=args.trust_remote_code,
-                **({} if (revision := _revision(model, args)) is None else {"revision": revision}),
+                trust_remote_code=trust_remote_code,
+                **({} if revision is None else {"revision": revision}),
             )
         except (OSError, ValueError):  # what is wrong with it is said when it is loaded
             return None
-    if config is None or not hasattr(config, "get_text_config"):
-        return None
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
 def hidden_size(model: torch.nn.Module) -> int:
@@ -182,6 +195,7 @@ def check_before_loading(
         check_lora(read_object(Path(adapter) / "adapter_config.json"), f"{adapter}/adapter_config.json")
         refuse_trainable_head(LoraConfig.from_pretrained(adapter))
         tensor_shapes(Path(adapter) / ADAPTER_FILE)
+        refuse_broken_numbers(Path(adapter) / ADAPTER_FILE)
     elif peft_config is not None:
         check_lora(peft_config)
         refuse_trainable_head(peft_config)

@@ -51,6 +51,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+_SECTIONS = ("config", "automatic", "versions", "held_out", "peak_memory_mib", "quantization_config")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """``run.json`` for views: a section that is no object (the file was edited, or damaged) is left out."""
+    run = read_json(path)
+    return {key: value for key, value in run.items() if key not in _SECTIONS or isinstance(value, dict)}
+
+
 def drop_after(path: str | os.PathLike, step: int) -> None:
     """Keep the records up to `step`: a resumed run will write the later ones again. Nothing happens without a file."""
     path = Path(path)

@@ -34,7 +34,7 @@ def check_writable(path: str | os.PathLike, flag: str, *, file: bool = False) ->
     if file and place.is_dir():
         raise ConfigError(f"{flag} {str(path)!r} is a folder; give a file.")
     while not place.is_dir():
-        if place.exists() and place != Path(path).absolute():
+        if place.exists() and not (file and place == Path(path).absolute()):
             raise ConfigError(f"{flag} {str(path)!r} cannot be written: {place} is a file. Give another place.")
         place = place.parent
     try:

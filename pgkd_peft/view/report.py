@@ -20,7 +20,7 @@ from ..run.folder import (
     SUMMARY_FILE,
     TRACE_FILE,
 )
-from ..run.jsonl import is_number, read_json, read_lines
+from ..run.jsonl import is_number, read_json, read_lines, read_run
 from ..run.place import check_writable
 from .report_coverage import coverage_section
 from .report_page import render
@@ -80,7 +80,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     """
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such folder; give the output_dir of a training, e.g. pgkd report runs/demo")
-    run = read_json(run_dir / RUN_FILE)
+    run = read_run(run_dir / RUN_FILE)
     metrics = read_metrics(run_dir)
     traces = read_lines(run_dir / TRACE_FILE)
     results = read_results(run_dir)

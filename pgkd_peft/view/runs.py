@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..run.console import SIDE_BY_SIDE
 from ..run.folder import METRICS_FILE, RESULTS_FILE, RUN_FILE, is_checkpoint
-from ..run.jsonl import is_number, read_json, read_lines
+from ..run.jsonl import is_number, read_json, read_lines, read_run
 
 RESULTS = {
     "score": "score",
@@ -53,7 +53,7 @@ def _is_part(name: str) -> bool:
 
 
 def _record(path: Path, root: Path) -> dict[str, Any]:
-    run, results = read_json(path), read_json(path.parent / RESULTS_FILE)
+    run, results = read_run(path), read_json(path.parent / RESULTS_FILE)
     logged = [line["divergence"] for line in read_lines(path.parent / METRICS_FILE) if "divergence" in line]
     columns = results.get("columns") or {}
     settings = {key: value for key, value in (run.get("config") or {}).items() if key not in _NOT_SETTINGS}
