@@ -281,7 +281,7 @@ def test_a_k_quant_is_measured_as_a_merge_is(tmp_path, monkeypatch):
     assert "recovered gap in nats" in told
     assert sorted(p.name for p in tmp_path.glob("*.gguf*")) == ["m.gguf"]
     fine = export_adapter(adapter, str(tmp_path / "f.gguf"), format="gguf", gguf_type="f32", **QUIET)
-    assert fine.fidelity["recovered"] == pytest.approx(fine.trained["recovered"], abs=1e-4)
+    assert fine.fidelity["recovered"] == pytest.approx(fine.trained["recovered"], rel=1e-3)
     assert fine.fidelity["kl_mean"] < report.fidelity["kl_mean"]
 
 
@@ -338,9 +338,11 @@ def test_llama_cpp_quantizes_and_runs_what_it_wrote(tmp_path, kind):
     fields, _ = read(small)
     assert fields["general.name"] == "base run"
     xllamacpp = pytest.importorskip("xllamacpp")
-    prompt = [60, 70, 80, 90, 100, 65, 75]
-    there, here = top_probabilities(xllamacpp, exact, prompt), top_probabilities(xllamacpp, small, prompt)
-    assert set(there) & set(here)
+    shared = 0  # of the 20 likeliest next tokens each; 1.3 of 320 by chance
+    for prompt in ([60, 70, 80, 90, 100, 65, 75], [80, 90, 60, 66]):
+        there, here = top_probabilities(xllamacpp, exact, prompt), top_probabilities(xllamacpp, small, prompt)
+        shared = max(shared, len(set(there) & set(here)))
+    assert shared >= 8
 
 
 def test_the_card_of_a_run_is_ours_and_its_code_loads_the_student(tmp_path):

@@ -126,7 +126,7 @@ def page(talk: Talk, title: str, headings: list[str], privileged: str, examples:
     gradio = import_gradio()
     with gradio.Blocks(title=f"pgkd chat {title}", fill_width=True) as blocks:
         gradio.Markdown(f"### {visible(title)}")
-        held = gradio.State(talk.begin)
+        held = gradio.State(talk.begin())
         with gradio.Row():
             columns = [
                 gradio.Chatbot(label=heading, height="55vh", min_width=260, render_markdown=False, buttons=["copy"])

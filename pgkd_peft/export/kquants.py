@@ -50,9 +50,7 @@ def quantize(source: Path, target: Path, type_: str) -> None:
     if result.returncode != 0 or not target.is_file():
         target.unlink(missing_ok=True)
         said = "\n".join((result.stdout + result.stderr).strip().splitlines()[-5:])
-        raise ModelError(
-            f"{command[0]} could not make {K_QUANTS[type_]} of {source} (exit {result.returncode}):\n{said}"
-        )
+        raise ModelError(f"{command[0]} (exit {result.returncode}) made no {K_QUANTS[type_]} of {source}:\n{said}")
 
 
 def compare_files(source: Path, target: Path) -> tuple[float, dict[str, int]]:
