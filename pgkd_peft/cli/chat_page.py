@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ADDRESS = "127.0.0.1"  # this machine alone: whoever reaches the page can use the model
 EXAMPLES = 6
-CSS = "footer {display: none !important} .message {white-space: pre-wrap}"
+CSS = "footer {display: none !important}"
 
 
 class Speaker(Protocol):
@@ -129,7 +129,7 @@ def page(talk: Talk, title: str, headings: list[str], privileged: str, examples:
         held = gradio.State(talk.begin())
         with gradio.Row():
             columns = [
-                gradio.Chatbot(label=heading, height="55vh", min_width=260, render_markdown=False, buttons=["copy"])
+                gradio.Chatbot(label=heading, height="45vh", min_width=260, render_markdown=False, buttons=["copy"])
                 for heading in headings
             ]
         question = gradio.Textbox(label="Message", placeholder="Ask all of them", lines=1, autofocus=True)
