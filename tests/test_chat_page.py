@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import urllib.error
 import urllib.request
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from pgkd_peft import cli
 from pgkd_peft.cli import chat_page
 from pgkd_peft.cli.chat_page import Talk, examples_of
+from pgkd_peft.errors import ConfigError
 
 
 class Parrot:
@@ -94,20 +97,37 @@ def test_mistakes_are_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatc
     assert words in capsys.readouterr().err
 
 
-def test_the_page_is_served_on_this_machine_alone(capsys):
+@pytest.fixture
+def page():
+    """(address, server, socket) of a running page with two columns."""
     pytest.importorskip("gradio", reason="the page needs gradio (pip install gradio)")
-    client = pytest.importorskip("gradio_client")
     teacher = Parrot("teacher")
     talk = Talk([Parrot("base"), teacher], {}, lambda text: setattr(teacher, "told", text))
     blocks = chat_page.page(talk, "a run", ["base", "base with PI"], "It is blue.", [["Who?", "Ann."]])
-    address = chat_page.serve(blocks, None, block=False)
-    try:
-        assert address.startswith("http://127.0.0.1:")
-        assert address in capsys.readouterr().out
-        with urllib.request.urlopen(address) as answer:
-            assert "pgkd chat a run" in answer.read().decode()
-        visitor = client.Client(address, verbose=False)
-        *_, shown = visitor.submit("Who?", "It is blue.", api_name="/reply")
-        assert "teacher Who? 1 It is blue." in json.dumps(shown)
-    finally:
-        blocks.close()
+    web, listening = chat_page.server(blocks, None)
+    thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    web.should_exit = True
+    thread.join(30)
+
+
+def test_the_page_answers_on_this_machine_alone(page):
+    client = pytest.importorskip("gradio_client")
+    with urllib.request.urlopen(page, timeout=120) as answer:
+        text = answer.read().decode()
+    assert "pgkd chat a run" in text
+    assert "fonts.googleapis" not in text
+    visitor = client.Client(page, verbose=False)
+    *_, shown = visitor.submit("Who?", "It is blue.", api_name="/reply")
+    assert "teacher Who? 1 It is blue." in json.dumps(shown)
+    port = int(page.rsplit(":", 1)[1])
+    rebound = urllib.request.Request(page, headers={"Host": f"elsewhere.example:{port}"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(rebound, timeout=120)
+    with pytest.raises(ConfigError, match=f"--port {port} is in use"):
+        chat_page._listen(port)
+    other = chat_page._listen(None)
+    assert other.getsockname()[0] == "127.0.0.1"
+    assert other.getsockname()[1] != port
+    other.close()

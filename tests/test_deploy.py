@@ -285,6 +285,13 @@ def test_a_k_quant_is_measured_as_a_merge_is(tmp_path, monkeypatch):
     assert fine.fidelity["kl_mean"] < report.fidelity["kl_mean"]
 
 
+def test_score_data_needs_a_measurement(tmp_path, capsys):
+    common = ["export", str(tmp_path), "--out", "x.gguf", "--score-data", "rows.jsonl"]
+    assert cli.main([*common, "--format", "gguf", "--no-verify"]) == 2
+    assert cli.main([*common, "--format", "gguf-lora"]) == 2
+    assert capsys.readouterr().err.count("--score-data is read by the measurement") == 2
+
+
 def test_a_quantizer_that_fails_or_is_missing_is_named(tmp_path, monkeypatch):
     adapter = trained_run(tmp_path)
     stand_in(tmp_path, monkeypatch, refuse="Q4_K_M")

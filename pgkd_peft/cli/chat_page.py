@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ADDRESS = "127.0.0.1"  # this machine alone: whoever reaches the page can use the model
+PORTS = range(7860, 7880)
 EXAMPLES = 6
 CSS = "footer {display: none !important}"
 
@@ -158,31 +161,47 @@ def page(talk: Talk, title: str, headings: list[str], privileged: str, examples:
     return blocks
 
 
-def serve(blocks: Any, port: int | None, *, block: bool = True) -> str:
-    """Show the page on this machine alone until Ctrl-C; returns its address.
+def server(blocks: Any, port: int | None) -> tuple[Any, socket.socket]:
+    """A web server for the page, and the socket that it listens on: of this machine alone.
+
+    Gradio's own launch() first calls its page through whatever proxy is set, and gives up when that is slow.
 
     Raises:
         ConfigError: the port is in use.
     """
-    plain = import_gradio().themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )  # no font from outside
-    try:
-        _, address, _ = blocks.launch(
-            server_name=ADDRESS,
-            server_port=port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            show_error=True,
-            footer_links=[],
-            theme=plain,
-            css=CSS,
-            ssr_mode=False,
-        )
-    except OSError as error:
-        raise ConfigError(f"--port {port} cannot be used: {error}. Give another, or leave it out.") from error
-    print(f"{address} on this machine; Ctrl-C ends", flush=True)
-    if block:
-        blocks.block_thread()
-    return str(address)
+    gradio = import_gradio()
+    import uvicorn  # these three come with gradio
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    listening = _listen(port)
+    plain = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no font from outside
+    app = FastAPI()
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"])  # no other site's page in a browser
+    gradio.mount_gradio_app(
+        app, blocks, path="/", server_name=ADDRESS, footer_links=[], theme=plain, css=CSS, ssr_mode=False
+    )
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning")), listening
+
+
+def serve(blocks: Any, port: int | None) -> None:
+    """Show the page until Ctrl-C."""
+    web, listening = server(blocks, port)
+    print(f"http://{ADDRESS}:{listening.getsockname()[1]} on this machine; Ctrl-C ends", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        web.run(sockets=[listening])
+
+
+def _listen(port: int | None) -> socket.socket:
+    """A socket on the port, or on the first free one of PORTS."""
+    for number in (port,) if port is not None else PORTS:
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((ADDRESS, number))
+        except OSError:
+            listening.close()
+        else:
+            return listening
+    told = port if port is not None else f"{PORTS.start} to {PORTS.stop - 1}"
+    raise ConfigError(f"--port {told} is in use on this machine; give another with --port")

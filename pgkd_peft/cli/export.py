@@ -113,6 +113,8 @@ def export(argv: Sequence[str]) -> int:
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
     names = ("base", "prompts", "tolerance", "quantization", "base_model", "push_to_hub", "trust_remote_code")
+    if args.score_data and (args.no_verify or getattr(args, "format", "gguf") != "gguf"):
+        raise ConfigError("--score-data is read by the measurement of a merged model; leave it or --no-verify out")
     score = task_score(args.score_data, args.scorer) if args.score_data else None
     return {**{name: getattr(args, name) for name in names}, "verify": not args.no_verify, "score": score}
 

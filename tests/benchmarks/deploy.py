@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q5_k_m", "q4_k_m"], choices=GGUF_TYPES)
     parser.add_argument("--dataset", default="builtin:facts_heldout")
+    parser.add_argument("--prompts", help="what the export measures on; default: the run's own held-out rows")
     parser.add_argument("--max-new-tokens", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -61,7 +62,9 @@ def main() -> None:
     for kind in args.types:
         with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
             file = Path(folder) / f"{kind}.gguf"
-            report = export_adapter(args.run, str(file), format="gguf", gguf_type=kind, tolerance=10.0)
+            report = export_adapter(
+                args.run, str(file), format="gguf", gguf_type=kind, prompts=args.prompts, tolerance=10.0
+            )
             answers = answers_of(file, rows, args.max_new_tokens, args.threads)
         right = [scorer(answer, row) for answer, row in zip(answers, rows, strict=True)]
         score = sum(right) / len(right)
