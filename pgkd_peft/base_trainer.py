@@ -25,6 +25,7 @@ from .errors import CheckpointError, ConfigError, RunFinished
 from .model.adapters import STUDENT, adapter_state, load_adapter
 from .model.frozen import FrozenCheck, ProbeCallback
 from .run import console
+from .run.card import run_card
 from .run.checkpoint import (
     STATE_FILE,
     TEACHER_FILE,
@@ -40,12 +41,13 @@ from .run.checkpoint import (
     write_manifest,
 )
 from .run.console import logger
-from .run.folder import CARD_FILE
+from .run.folder import ADAPTER_FILE, CARD_FILE
 from .run.info import RunInfo
 from .run.interrupt import interruptible
+from .run.jsonl import write_whole
 from .run.meters import Meters, means_of, over_ranks
 from .run.metrics import MetricsFileCallback
-from .run.place import locked
+from .run.place import locked, make_readable
 from .run.resume import Continue, check_belongs, progress_file, readable_state
 from .trl_compat import log_progress
 
@@ -225,10 +227,26 @@ class RunTrainer(SFTTrainer):
             self.model.save_pretrained(folder, selected_adapters=[STUDENT])
             self.processing_class.save_pretrained(folder)
             self.run_info.write(folder)
+            make_readable(Path(folder) / ADAPTER_FILE)
         card = Path(run_dir) / CARD_FILE
         self.create_model_card(model_name=(self.args.hub_model_id or Path(run_dir).name).split("/")[-1])
         if card.is_file() and Path(output_dir) != card.parent:
             (Path(output_dir) / CARD_FILE).write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Our own card in place of TRL's, which knows neither adapter nor base."""
+        if not self.is_world_process_zero():
+            return
+        more = [tags] if isinstance(tags, str) else list(tags or ())
+        text = run_card(
+            self.run_info.collect(),
+            model_name or Path(str(self.args.output_dir)).name,
+            dict.fromkeys([*self._tag_names, "lora", *more]),
+            dataset_name,
+        )
+        write_whole(Path(str(self.args.output_dir)) / CARD_FILE, text)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

@@ -30,6 +30,8 @@ class ChatArguments:
     privileged_file: str | None = field(default=None, metadata={"help": "The PI, from a text file."})
     max_new_tokens: int = field(default=256, metadata={"help": "Length limit of an answer."})
     temperature: float = field(default=0.0, metadata={"help": "0: the likeliest token each time."})
+    web: bool = field(default=False, metadata={"help": "Talk on a page that this machine alone can open (gradio)."})
+    port: int | None = field(default=None, metadata={"help": "Of --web; default: the first free one from 7860."})
     seed: int = field(default=0, metadata={"help": "Of sampling."})
     base_model: str | None = field(default=None, metadata={"help": "The base, when it is no longer where it was."})
     base_quantization: str | None = field(
@@ -46,6 +48,10 @@ class ChatArguments:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 or more")
         if self.message is not None and not self.message.strip():
             raise ConfigError("message is empty; write what to ask")
+        if self.message is not None and self.web:
+            raise ConfigError("message and web are both given: the page asks, or the message is asked; keep one")
+        if self.port is not None and (not self.web or not 1 <= self.port <= 65535):
+            raise ConfigError(f"port is {self.port}; it goes with --web, from 1 to 65535")
         if self.privileged_file is not None:
             if self.privileged is not None:
                 raise ConfigError("privileged and privileged_file are both given; keep one")
@@ -105,9 +111,15 @@ def chat(model: str, args: ChatArguments) -> int:
     from transformers import set_seed
 
     console = Console()
+    if args.web:
+        from .chat_page import import_gradio
+
+        import_gradio()  # before a model is loaded
     is_merged = (Path(model) / "config.json").is_file() and not (Path(model) / ADAPTER_CONFIG).is_file()
     speakers, settings = _merged(model, args) if is_merged else _adapter(model, args, console)
     set_seed(args.seed)
+    if args.web:
+        return _on_a_page(model, speakers, settings, args, is_merged)
     if args.message is not None:
         say(speakers, args.message, settings, console)
         return 0
@@ -131,6 +143,22 @@ def chat(model: str, args: ChatArguments) -> int:
                 say(speakers, text, settings, console)
 
 
+def _on_a_page(
+    model: str, speakers: list[Speaker], settings: dict[str, Any], args: ChatArguments, is_merged: bool
+) -> int:
+    """The body of ``--web``, until Ctrl-C."""
+    from .chat_page import Talk, examples_of, page, serve
+
+    def set_privileged(text: str) -> None:
+        args.privileged = text
+
+    talk = Talk(speakers, settings, None if is_merged else set_privileged)
+    headings = [HEADINGS[speaker.name] for speaker in speakers]
+    examples = [] if is_merged else examples_of(Path(model))
+    serve(page(talk, Path(model).name, headings, args.privileged or "", examples), args.port)
+    return 0
+
+
 def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speaker], dict[str, Any]]:
     """Base, base with PI (where there is PI) and student, on one model."""
     from ..export.adapter import read_run
@@ -138,6 +166,8 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
     from .eval import collator_of, load_student
 
     run = read_run(folder, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
+    if args.web:  # where the PI can be written on the page
+        args.privileged = args.privileged or ""
     collator = collator_of(run, trust_remote_code=args.trust_remote_code)
     key = collator.builder.privileged_key
 

@@ -38,6 +38,8 @@ def _parser(command: str, description: str, out_help: str) -> CommandParser:
     parser.add_argument("--base-model", "--base_model", help="the base, when it is no longer where it was")
     parser.add_argument("--push-to-hub", "--push_to_hub", metavar="ID", help="upload the result to this repository")
     parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
+    parser.add_argument("--score-data", "--score_data", metavar="DATA", help="rows to score the models on, as well")
+    parser.add_argument("--scorer", default="contains", help="for --score-data, as in pgkd eval (%(default)s)")
     return parser
 
 
@@ -53,10 +55,7 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--compare", action="store_true", help="measure both bases and recommend one")
     parser.add_argument("--force", action="store_true", help="replace an earlier merge; allow --requantize")
     parser.add_argument("--requantize", choices=["nf4", "int8"], help="quantize the result again (loses the adapter)")
-    parser.add_argument("--score-data", "--score_data", metavar="DATA", help="rows to score the models on, as well")
-    parser.add_argument("--scorer", default="contains", help="for --score-data, as in pgkd eval (%(default)s)")
     args = parser.parse_args(argv)
-    score = task_score(args.score_data, args.scorer) if args.score_data else None
 
     from ..export.merge import VerificationError, merge_adapter
 
@@ -68,7 +67,6 @@ def merge(argv: Sequence[str]) -> int:
             compare=args.compare,
             force=args.force,
             requantize=args.requantize,
-            score=score,
             **_common(args),
         )
     except VerificationError as error:
@@ -86,7 +84,12 @@ def export(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--format", default="peft", choices=["peft", "gguf-lora", "gguf"], help="(%(default)s)")
     parser.add_argument(
-        "--gguf-type", "--gguf_type", default="f16", choices=["f16", "q8_0", "f32"], help="of gguf (%(default)s)"
+        "--gguf-type",
+        "--gguf_type",
+        default="f16",
+        type=str.lower,
+        choices=["f16", "q8_0", "f32", "q4_k_m", "q5_k_m"],
+        help="of gguf (%(default)s); the K-quants by llama.cpp's own quantizer, where one is installed",
     )
     parser.add_argument("--base-id", "--base_id", help="Hub id of a base that is only a local directory")
     args = parser.parse_args(argv)
@@ -110,7 +113,10 @@ def export(argv: Sequence[str]) -> int:
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
     names = ("base", "prompts", "tolerance", "quantization", "base_model", "push_to_hub", "trust_remote_code")
-    return {**{name: getattr(args, name) for name in names}, "verify": not args.no_verify}
+    if args.score_data and (args.no_verify or getattr(args, "format", "gguf") != "gguf"):
+        raise ConfigError("--score-data is read by the measurement of a merged model; leave it or --no-verify out")
+    score = task_score(args.score_data, args.scorer) if args.score_data else None
+    return {**{name: getattr(args, name) for name in names}, "verify": not args.no_verify, "score": score}
 
 
 def _failed(error: Exception) -> int:

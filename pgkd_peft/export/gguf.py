@@ -27,12 +27,14 @@ class GGUFSummary:
     Attributes:
         tensors: their number.
         rounding: |stored - exact| / |exact| over all tensors together; 0 where nothing was rounded.
+        types: of a K-quant: how many matrices stand in which type.
     """
 
     path: Path
     tensors: int
     bytes: int
     rounding: float
+    types: dict[str, int] | None = None
 
 
 def write_gguf_model(

@@ -161,10 +161,14 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         token_id = getattr(tokenizer, f"{kind}_token_id")
         if token_id is not None:
             getattr(writer, f"add_{kind}_token_id")(token_id)
-    first = tokenizer("a")["input_ids"][0]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
+    writer.add_add_bos_token(adds_bos(tokenizer))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer, and so the runtime that reads the file, puts the BOS token before every text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def pre_tokenizer_name(backend: dict[str, Any]) -> str:

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from ..errors import ConfigError
 from ..model.load import load_base
 from ..run.folder import ADAPTER_FILE, CARD_FILE
-from ..run.place import check_writable
+from ..run.place import check_writable, make_readable
 from . import card as publish
 from .adapter import AdapterRun, read_run, wrong_base
 from .merge_report import MergeReport, merged_card, recommend, survived
 from .merged_weights import BASES, MergedWeights
+from .next_steps import after_merge, next_lines
 from .rounding import Surviving
 from .verify import MAX_NEW_TOKENS, Prompts, Score, TrainedModel, read_prompts
 from .write import DTYPES, read_tokenizer, write_checkpoint
@@ -153,6 +154,7 @@ def merge_adapter(
     log(f"Wrote {target}")
     if push_to_hub:
         log(f"Pushed to {publish.push(target, push_to_hub)}")
+    log(next_lines(after_merge(target)))
     return report
 
 
@@ -216,7 +218,7 @@ def _measure(report: MergeReport, trained: TrainedModel, folder: Path, log: Call
     report.prompts = trained.prompts.source
     report.arithmetic_floor, report.adapter_effect = trained.arithmetic_floor, trained.adapter_effect
     report.base_matches_training = trained.base_matches
-    report.trained = {"answer_nll": trained.answer_nll, "score": trained.score}
+    report.trained = {"answer_nll": trained.answer_nll, "score": trained.score, "recovered": trained.recovered}
     _enter_fidelity(report, report.base, trained, folder, log)
 
 
@@ -229,6 +231,7 @@ def _enter_fidelity(
         f"{base} base, {report.dtype}: KL(trained || merged) {fidelity.kl_mean:.2g} nats/token (99th percentile "
         f"{fidelity.kl_p99:.2g}, max {fidelity.kl_max:.2g}), top-1 agreement {fidelity.top1_agreement:.2%}, over "
         f"{fidelity.tokens} tokens of {fidelity.sequences} sequences from {trained.prompts.source}"
+        f"{fidelity.against(trained)}"
     )
 
 
@@ -297,5 +300,6 @@ def _publish(folder: Path, target: Path) -> None:
         path.unlink()
     if target.exists():
         shutil.rmtree(target)
+    make_readable(folder)
     folder.rename(target)
     shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)

@@ -19,7 +19,7 @@ class MergeReport:
         surviving_share, rounding_noise: of the adapter's change after the cast (see surviving.py).
         four_bit_share, four_bit_noise: the same if it were merged into 4-bit weights, on a sample of each linear layer.
         fidelity: base -> how far merged is from trained (see fidelity.Fidelity); empty where it was not verified.
-        trained: answer_nll and score of the trained model itself.
+        trained: answer_nll, score and recovered of the trained model itself.
         base_matches_training: see fidelity.TrainedModel.base_matches.
         arithmetic_floor, adapter_effect: yardsticks in nats/token (see fidelity.TrainedModel).
         tolerance: limit on fidelity[base]["kl_mean"]; None where none is enforced.
@@ -83,7 +83,8 @@ def recommend(report: MergeReport) -> str:
 def merged_card(report: MergeReport, run: AdapterRun) -> str:
     """The README.md of a merged model: what it is, what was measured, how it was trained."""
     rows = [{"base": base, "dtype": report.dtype, **fidelity} for base, fidelity in report.fidelity.items()]
-    columns = ["base", "dtype", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "answer_nll", "score", "tokens"]
+    columns = ["base", "dtype", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "answer_nll", "score", "recovered"]
+    columns += ["tokens"]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     parts = [
         front_matter(hub_id(run), library_name="transformers", tags=["pgkd", "lora-merged"]),

@@ -30,6 +30,7 @@ from ..model.cpu import guard_cpu_linear4bit
 from ..model.load import base_of, dequantized_weight
 from ..rollout import generate
 from .adapter import AdapterRun, base_matches, load_trained
+from .gap import TeacherAnswers
 
 # Used when a run kept no held-out prompts and none were given: everyday questions that no adapter was made for.
 NEUTRAL_PROMPTS = (
@@ -75,7 +76,7 @@ class Fidelity:
 
     KL(trained || this) in nats per token, mean, 99th percentile and maximum; the share of positions where the likeliest
     token is the same; the mean negative log-likelihood of the rows' own answers (None where no row has one); the task
-    score (None where there is no task).
+    score (None where there is no task); the recovered gap in nats (None where no row has PI).
     """
 
     kl_mean: float
@@ -86,9 +87,21 @@ class Fidelity:
     sequences: int
     answer_nll: float | None = None
     score: float | None = None
+    recovered: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def against(self, trained: TrainedModel) -> str:
+        """Task score and recovered gap beside those of the trained model, as clauses of a sentence; "" without."""
+        told = ""
+        for name, own, theirs in (
+            ("score", self.score, trained.score),
+            ("recovered gap in nats", self.recovered, trained.recovered),
+        ):
+            if own is not None and theirs is not None:
+                told += f"; {name} {own:.3f} (trained model {theirs:.3f})"
+        return told
 
 
 def read_prompts(run: AdapterRun, file: str | None) -> Prompts:
@@ -152,7 +165,7 @@ class TrainedModel:
             training. A merged model cannot be told from the trained one below it.
         adapter_effect: mean KL between the trained model and its base without the adapter: what there is to lose.
         base_matches: see :func:`~pgkd_peft.export.adapter.base_matches`.
-        answer_nll, score: as in Fidelity.
+        answer_nll, score, recovered: as in Fidelity.
     """
 
     def __init__(
@@ -172,6 +185,8 @@ class TrainedModel:
         self.arithmetic_floor = self.adapter_effect = float("nan")
         self.answer_nll: float | None = None
         self.score: float | None = None
+        self.recovered: float | None = None
+        self.teacher = TeacherAnswers(run, tokenizer, prompts.rows)
         self.base_matches: bool | None = None
 
     def __enter__(self) -> TrainedModel:
@@ -187,10 +202,13 @@ class TrainedModel:
         model = load_trained(run, trust_remote_code=self._trust)
         self.base_matches = base_matches(model, run)
         self.sequences = build_sequences(model, self.tokenizer, self.prompts, self.max_new_tokens)
+        self.teacher.write(model, self.max_new_tokens)
         if self._score is not None:
             self.score = self._score(model, self.tokenizer)
         as_run = self.read(model)
         use_float32_arithmetic(model)
+        self.teacher.read(model)
+        self.recovered = self.teacher.nats.recovered if self.teacher.nats else None
         self.trained = self.read(model)
         check_reading(model, self.sequences[0], self.trained)
         self.arithmetic_floor = self.compare(as_run).kl_mean
@@ -215,9 +233,9 @@ class TrainedModel:
         use_float32_arithmetic(model)
         reading = self.read(model)
         check_reading(model, self.sequences[0], reading)
-        return self.compare(reading, score)
+        return self.compare(reading, score, self.teacher.recovered(model))
 
-    def compare(self, other: Reading, score: float | None = None) -> Fidelity:
+    def compare(self, other: Reading, score: float | None = None, recovered: float | None = None) -> Fidelity:
         """How far another model, by its reading of the same sequences, is from the trained one."""
         found = compare(self.trained, other)
         from_rows = [i for i, sequence in enumerate(self.sequences) if sequence.from_row]
@@ -234,6 +252,7 @@ class TrainedModel:
             sequences=len(self.sequences),
             answer_nll=nll,
             score=score,
+            recovered=recovered,
         )
 
 

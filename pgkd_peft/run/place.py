@@ -46,6 +46,12 @@ def check_writable(path: str | os.PathLike, flag: str, *, file: bool = False) ->
         ) from error
 
 
+def make_readable(path: Path) -> None:
+    """Let everybody on the machine read a file, or a folder with all that is in it: a server has a user of its own."""
+    for part in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        part.chmod(0o755 if part.is_dir() else 0o644)
+
+
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other processes out of a run folder: a lock file with this process's id and host stands there meanwhile.
