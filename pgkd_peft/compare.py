@@ -109,11 +109,11 @@ def compare(first: Reading, second: Reading, **options: Any) -> Comparison:
     return Comparison(result.divergence.double().cpu(), result.top1_agreement.double().cpu())
 
 
-def token_nll(reading: Reading, completions: Sequence[Sequence[int]]) -> list[Tensor]:
+def token_nll(reading: Reading, completions: Sequence[Sequence[int]], *, temperature: float = 1.0) -> list[Tensor]:
     """-log p of every completion token: a tensor (n,) a row, in nats, float64 on the CPU."""
     device = reading.hidden[0].device
     ids_N = torch.tensor([token for completion in completions for token in completion], device=device)
-    logprob_N = _measure(reading, reading, sampled_ids=ids_N).sampled_logprob
+    logprob_N = _measure(reading, reading, sampled_ids=ids_N, temperature=temperature).sampled_logprob
     assert logprob_N is not None
     return list((-logprob_N).double().cpu().split([len(completion) for completion in completions]))
 

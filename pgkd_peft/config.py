@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.utils.checkpoint
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 QUANTIZATIONS = ("nf4", "int8", "none")
 PLACEMENTS = ("messages", "user", "system")
 TEACHERS = ("disabled", "shared", "initial", "ema")
-ENGINES = ("auto", "adapter", "merged")
+ENGINES = ("auto", "adapter", "merged", "server")
 WITHOUT_FEEDBACK = ("anchor", "skip")
 CLIP_MODES = ("entry", "token", "rescale")
 TRACKER_EXTRAS = ("tensorboard", "trackio", "wandb")
@@ -125,8 +126,34 @@ class PrivilegedGKDConfig(GKDConfig):
         default="auto",
         metadata={
             "help": "What writes the rollouts. adapter: the model with its LoRA modules, least memory. merged: a "
-            "16-bit copy of the linear layers with the LoRA added, fastest. auto: merged where it fits into memory.",
+            "16-bit copy of the linear layers with the LoRA added, fastest. auto: merged where it fits into memory. "
+            "server: the vLLM servers of rollout_server_url.",
             "choices": list(ENGINES),
+        },
+    )
+    rollout_server_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of rollout_engine=server: http://HOST:PORT of one or several vLLM servers that serve the same "
+            "base with --enable-lora; the requests of a step are spread over them. A key is read from VLLM_API_KEY."
+        },
+    )
+    rollout_server_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds that a server may take for one rollout before it counts as dead."}
+    )
+    rollout_server_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the adapter is written for the servers to load, once an optimizer step: a folder that they "
+            "see under the same path. Default: in output_dir."
+        },
+    )
+    rollout_mismatch_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Nats a token that the servers' log-probabilities of a step's rollouts may be off the student's "
+            "own (rollout_mismatch in the log) before the run stops. Default: 3 times what the bases differ by at the "
+            "start, at least 0.05."
         },
     )
     num_generations: int = field(
@@ -267,6 +294,7 @@ class PrivilegedGKDConfig(GKDConfig):
         self._settle_gpus()
         self._check_choices()
         self._check_ranges()
+        self._check_servers()
         self._check_mappings()
         self._check_checkpointing()
         self._check_evaluation()
@@ -361,6 +389,33 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError("privileged_key is 'messages', the column of the conversation itself; name another one.")
         if self.privileged_template is not None and "{privileged}" not in self.privileged_template:
             raise ConfigError("privileged_template lacks {privileged}: the teacher would never see the PI.")
+
+    def _check_servers(self) -> None:
+        """What can be said of rollout_engine='server' without asking a server."""
+        urls = self.rollout_server_url
+        if isinstance(urls, str):
+            urls = urls.replace(",", " ").split()
+        if self.rollout_engine != "server":
+            if urls:
+                raise ConfigError(
+                    f"rollout_server_url is {urls!r}, but rollout_engine is {self.rollout_engine!r}. Set "
+                    "rollout_engine to server, or remove the address."
+                )
+            return
+        if not urls:
+            raise ConfigError(
+                "rollout_engine is 'server', but rollout_server_url names none. Give one or several, as "
+                "http://localhost:8000."
+            )
+        self.rollout_server_url = [_server_url(url) for url in urls]
+        for name in ("rollout_server_timeout", "rollout_mismatch_tolerance"):
+            if getattr(self, name) is not None and self._number(name, float) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0.")
+        if self.teacher_takeover is not None:
+            raise ConfigError(
+                "teacher_takeover is set with rollout_engine 'server': there both models write, token by token, in "
+                "one process. Remove one of the two."
+            )
 
     def _check_inherited(self) -> None:
         """Inherited settings that have no meaning here are refused by name rather than ignored, and numbers that cannot
@@ -498,6 +553,26 @@ def _wandb_can_start() -> bool:
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False, verify=False))  # looks for a key, and asks neither user nor network
     return bool(wandb.api.api_key)  # of older versions
+
+
+def _server_url(url: Any) -> str:
+    """The address of a rollout server without a path; raises ConfigError for what is none."""
+    text = str(url).strip().rstrip("/").removesuffix("/v1")
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        good = False
+    if not good or parts.path or parts.query or parts.fragment:
+        raise ConfigError(
+            f"rollout_server_url is {url!r}; it must be http://HOST:PORT of a vLLM server, as http://localhost:8000."
+        )
+    if parts.username or parts.password:
+        raise ConfigError(
+            "rollout_server_url holds a user's name or password, which would stand in run.json. Put the server's key "
+            "into the environment as VLLM_API_KEY."
+        )
+    return text
 
 
 def _default_of(f: Any) -> Any:

@@ -25,6 +25,8 @@ class Row:
     truncated: bool = False  # ran into max_new_tokens without a stop token
     keep: slice = field(default_factory=lambda: slice(0, None))  # completion tokens that count in the loss
     teacher_hidden: torch.Tensor | None = None  # (kept tokens, D)
+    logprobs: list[float] | None = None  # of each completion token, where a rollout server has written it
+    server: int = 0  # which of them
     source: Any = None  # the data row, where something asks for it (feedback)
 
     @property
@@ -32,9 +34,10 @@ class Row:
         """The completion tokens that count in the loss."""
         return self.completion[self.keep]
 
-    def answered(self, completion: list[int], stop_ids: Sequence[int]) -> Row:
-        """The same prompts with a completion that was written in this step."""
-        return replace(self, completion=completion, generated=True, truncated=completion[-1] not in stop_ids)
+    def answered(self, completion: list[int], stop_ids: Sequence[int], **more: Any) -> Row:
+        """The same prompts with a completion that was written in this step; `more` are fields that come with it."""
+        truncated = completion[-1] not in stop_ids
+        return replace(self, completion=completion, generated=True, truncated=truncated, **more)
 
     @property
     def length(self) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from .automatic import (
     start_block,
 )
 from .base_trainer import RunTrainer
+from .compare import read_as, token_nll
 from .config import PrivilegedGKDConfig
 from .conformance import check_model
 from .data.check import DataReport, checked_rows
@@ -43,6 +44,8 @@ from .data.feedback import load_feedback, with_feedback
 from .data.formats import messages_of
 from .divergence import jsd_between
 from .engines.merged import RolloutEngine
+from .engines.proof import START_PROMPTS, Proof, begin
+from .engines.server import RolloutServers, Sampling, connect
 from .errors import ConfigError, PGKDError, explained
 from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.head import Head
@@ -177,6 +180,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         sources = [row for row in rows for _ in range(copies)]
         if args.teacher_takeover is not None and not teacher_writes:
             made = self.roll_out_mixed(sources, args.teacher_takeover, generator)
+        elif self.servers is not None and not teacher_writes:
+            made = self.roll_out_on_servers(sources, generator, fresh=stream <= 1)
         else:
             with self.teacher.weights() if teacher_writes else self.student_weights() as model:
                 completions = generate(
@@ -195,6 +200,29 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             each = [row.source for row in made]
             made = with_feedback(made, each, self.feedback, self.contexts, without=args.feedback_without)
         return made
+
+    def roll_out_on_servers(self, rows: list[Row], generator: torch.Generator, *, fresh: bool) -> list[Row]:
+        """Rollouts by the servers, which are sent the adapter first (`fresh`: once a step, once an evaluation)."""
+        assert self.servers is not None
+        assert self.proof is not None
+        if fresh:
+            self.servers.sync(self.model)
+        seeds = torch.randint(2**31 - 1, (len(rows),), generator=generator).tolist()
+        sampling = Sampling(self.args.temperature, self.args.max_new_tokens, frozenset(self.stop_ids))
+        written = self.servers.write([row.prompt for row in rows], seeds, sampling)
+        made = [
+            row.answered(each.ids, self.stop_ids, logprobs=each.logprobs, server=each.server)
+            for row, each in zip(rows, written)
+        ]
+        if not self.proof.in_passing:
+            own_N = self.logprobs_of("shared", made).to(self.args.device)
+            self.meters.add(self._mode, **self.proof.add(made, own_N, kept=False))
+        return made
+
+    def logprobs_of(self, which: str, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
+        """What the student ("shared") or its base ("disabled") gives every completion token: (tokens,) in float64."""
+        reading = read_as(self.model, which, [(row.prompt, row.completion) for row in rows], self.pad_id)
+        return -torch.cat(token_nll(reading, [row.completion for row in rows], temperature=temperature))
 
     def roll_out_mixed(self, rows: list[Row], takeover: float, generator: torch.Generator) -> list[Row]:
         """Rollouts in which the teacher writes where the two disagree; its states come with them."""
@@ -308,6 +336,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             loss = total / count * self.accelerator.num_processes
         self.finite &= torch.isfinite(loss.detach())
         self.meters.add(self._mode, loss_tokens=len(student_ND), **result.statistics())
+        if self.proof is not None and self.proof.in_passing and result.sampled_logprob is not None:
+            self.meters.add(self._mode, **self.proof.add(rows, result.sampled_logprob, kept=True))
         return (loss, {"divergence": result.divergence.detach()}) if return_outputs else loss
 
     def prediction_step(
@@ -319,6 +349,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             rows = self.roll_out_and_score(rows_in(inputs), on_policy=self.lmbda == 1.0, stream=self._evaluated)
             loss = self.compute_loss(model, self.batch_of(rows))
         self.stop_if_not_finite()
+        self.stop_if_not_the_students()
         return loss.detach(), None, None
 
     # ---- around the step ---------------------------------------------------------------------------------------
@@ -352,6 +383,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, *limits)
         train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
         eval_dataset = _all_checked(eval_dataset, collator, args)
+
+        self.servers = connect(args, tokenizer, report.prompt_lengths if report else (), model, peft_config)
 
         # One base, one adapter that trains, and perhaps another teacher.
         set_seed(args.seed)
@@ -423,6 +456,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
     def _watch(self, loaded: str, report: DataReport | None, remembered: str | None) -> None:
         """The callbacks of a step, and what is said before the first one."""
         args, collator = self.args, self.contexts
+        self.proof = self._begin_proof(self.servers) if self.servers is not None else None
         self.add_callback(StepEnd(self))
         self.health = HealthCallback(self)
         self.add_callback(self.health)
@@ -447,6 +481,18 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         if args.rollout_log_steps and self.last_rows and self.is_world_process_zero():
             write_final_traces(self, distinct(self.last_rows)[: args.rollout_log_samples])
 
+    def _begin_proof(self, servers: RolloutServers) -> Proof:
+        """The servers take the adapter, and their base is measured against ours."""
+        self.add_callback(ServersLetGo(servers))
+        first = rows_of(self.contexts(list(itertools.islice(self.train_dataset, START_PROMPTS))))
+        servers.begin(self.model, self.accelerator)
+        proof = begin(servers, first, self.logprobs_of, self.args, self.model, self.stop_ids)
+        self.say(
+            f"rollouts by {', '.join(proof.urls)}, whose base and ours differ by {proof.floor:.4f} nats a token; a "
+            f"step stops the run at more than {proof.tolerance:.3f} (rollout_mismatch)"
+        )
+        return proof
+
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -456,8 +502,10 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         """What writes the student's rollouts; built when first needed."""
         if self._engine is None:
             dtype = base_of(self.model).get_input_embeddings().weight.dtype
-            self._engine = RolloutEngine(self.model, self.args.rollout_engine, dtype)
-            self.say(f"rollouts by the {self._engine.name} engine ({self._engine.reason})")
+            name = self.args.rollout_engine if self.servers is None else "adapter"  # what servers do not write
+            self._engine = RolloutEngine(self.model, name, dtype)
+            if self.servers is None:
+                self.say(f"rollouts by the {self._engine.name} engine ({self._engine.reason})")
         return self._engine
 
     def student_weights(self) -> contextlib.AbstractContextManager[nn.Module]:
@@ -482,6 +530,20 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             f"the loss is NaN or infinite at step {self.state.global_step}. The batch is {place}. The last checkpoint "
             "is sound; lower learning_rate, or look for non-finite weights in the adapter it started from."
         )
+
+    def stop_if_not_the_students(self) -> None:
+        """The step's look at the proof of its rollouts, over all ranks.
+
+        Raises:
+            RolloutMismatchError: a server has written them with other weights than the student's.
+        """
+        if self.proof is None:
+            return
+        sums = self.accelerator.gather(self.proof.take()[None]).sum(0).tolist()
+        worst = self.proof.refuses(sums)
+        if worst is not None:
+            mean = sums[worst][0] / sums[worst][1]
+            raise self.proof.failed(worst, mean, self.last_rows, self.logprobs_of, self.args.temperature)
 
     def get_train_dataloader(self) -> Any:
         with self._rows_collated(self.train_dataset):
@@ -550,8 +612,19 @@ class StepEnd(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.stop_if_not_finite()
+        self.trainer.stop_if_not_the_students()
         for row in self.trainer.last_rows:
             row.teacher_hidden = None
+
+
+class ServersLetGo(TrainerCallback):
+    """At the end of training the rollout servers forget the adapter."""
+
+    def __init__(self, servers: RolloutServers):
+        self.servers = servers
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.servers.close()
 
 
 class _RowCollator:

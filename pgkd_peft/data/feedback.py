@@ -115,6 +115,8 @@ def _of_one_source(
                     contexts.privileged_tokens_cut,
                     generated=row.generated,
                     truncated=row.truncated,
+                    logprobs=row.logprobs,
+                    server=row.server,
                     source=row.source,
                 )
             )

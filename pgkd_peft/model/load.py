@@ -265,6 +265,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
+DEFAULT_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+
+
 def default_lora(model: PreTrainedModel | None = None) -> LoraConfig:
     """r=16, alpha=32, every linear layer of the text model but the head, no dropout.
 
@@ -273,7 +276,7 @@ def default_lora(model: PreTrainedModel | None = None) -> LoraConfig:
     (:func:`lora_targets`) is left out.
     """
     targets = lora_targets(model)[0] if model is not None else "all-linear"
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(**DEFAULT_LORA, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def attach_lora(model: PreTrainedModel, peft_config: PeftConfig | None = None) -> PeftModel:

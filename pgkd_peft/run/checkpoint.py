@@ -29,6 +29,7 @@ from .folder import (
     CHAT_TEMPLATES,
     COMPLETIONS_FILE,
     MANIFEST,
+    ROLLOUT_FOLDER,
     RUN_FILE,
     STATE_FILE,
     TEACHER_FILE,  # noqa: F401  base_trainer takes it from here
@@ -177,6 +178,7 @@ def clear_run_folder(output_dir: str | os.PathLike) -> None:
     folder = Path(output_dir)
     for path in folder.iterdir() if folder.is_dir() else ():
         ours = is_checkpoint(path.name) or path.name == CHAT_TEMPLATES or path.name.startswith(HIDDEN)
+        ours = ours or path.name == ROLLOUT_FOLDER
         if path.is_dir() and ours:
             shutil.rmtree(path)
         elif path.is_file() and is_run_file(path.name):

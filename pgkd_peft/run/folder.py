@@ -44,6 +44,9 @@ CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 TRAINING_ARGS = "training_args.bin"
 STATE_FILE = "trainer_state.json"
 
+# Where rollout servers load the adapter from; gone when training has ended.
+ROLLOUT_FOLDER = ".rollout_adapter"
+
 # In a checkpoint, beside those of Transformers.
 TEACHER_FILE = "teacher.safetensors"
 MANIFEST = "manifest.json"

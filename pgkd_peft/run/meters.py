@@ -18,6 +18,7 @@ NAMES = (
     *("divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob"),
     *(f"seconds_{phase}" for phase in PHASES),
     *("ema_cut_off", "taken_over"),
+    *("rollout_mismatch", "proven_tokens"),
 )
 
 
@@ -89,6 +90,7 @@ def means_of(sums: dict[str, float]) -> dict[str, float]:
 
     for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement", "sampled_logprob"):
         mean(name, "loss_tokens")
+    mean("rollout_mismatch", "proven_tokens")
     mean("completion_length", "rows", "completion_tokens")
     mean("truncated_completions", "generated", "truncated")
     mean("on_policy", "rows")

@@ -109,6 +109,7 @@ def metric_parts(logs: Mapping[str, Any]) -> list[str]:
         ("top1_agreement", "agreement {:.0%}"),
         ("completion_length", "length {:.0f}"),
         ("truncated_completions", "cut off {:.0%}"),
+        ("rollout_mismatch", "mismatch {:.3f}"),
         ("grad_norm", "gradient {:.2g}"),
         ("learning_rate", "lr {:.2g}"),
         ("tokens_per_second", "{:.0f} tokens/s"),
