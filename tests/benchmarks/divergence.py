@@ -122,9 +122,10 @@ def show(rows: list[dict[str, Any]]) -> None:
         return
     ratios = ""
     for other in ("floor", "ours"):
-        found = [r["seconds"] for r in rows if r["method"] == other and "seconds" in r]
+        found = [r for r in rows if r["method"] == other and "seconds" in r]
         if found and row["method"] != other:
-            ratios += f"  {row['seconds'] / found[0]:6.2f} x {other}"
+            ratios += f"  {row['seconds'] / found[0]['seconds']:6.2f} x {other}"
+            ratios += f" ({row['cpu_seconds'] / found[0]['cpu_seconds']:.2f})"
     bound = ""
     if row["method"] in ("ours", "trainer"):
         bound = f" (bound {2 * row['chunk_mib'] + row['n'] * row['d'] * 8 / 2**20:.0f})"
@@ -320,6 +321,7 @@ def trainer(weight: Any, job: dict[str, Any]) -> Method:
             output_dir=tempfile.mkdtemp(),
             lmbda=0.0,
             beta=job["beta"],
+            normalize_beta=False,  # what is compared is the plain divergence
             loss_chunk_mib=job["chunk_mib"],
             bf16=job["dtype"] == "bfloat16",
             fp16=job["dtype"] == "float16",
