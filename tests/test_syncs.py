@@ -8,13 +8,15 @@ import torch
 from conftest import perturb
 from hostreads import HostReads
 from tiny import ROWS, tiny_model
+from transformers import TrainerCallback
 
 from pgkd_peft import divergence, projection, rollout
 from pgkd_peft.divergence import linear_jsd
+from pgkd_peft.engines import decode
 from pgkd_peft.model.load import attach_lora
 from pgkd_peft.rollout import generate, pick
 
-MICRO_BATCH = 9  # reads of one micro-batch, forward, loss and backward; Transformers' look at the mask is one of them
+STEP = 1  # reads of an optimizer step, however many micro-batches it has
 SETTINGS = {"stop_ids": [], "pad_id": 0, "temperature": 1.0}
 PROMPTS = [[5, 40, 41], [5, 60, 61, 62]]
 
@@ -51,33 +53,68 @@ def test_the_loss_reads_nothing(options):
     assert reads.count == 0, reads.places
 
 
+class Step(TrainerCallback):
+    """Reads of everything between the first micro-batch and the log."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.reads = HostReads()
+        self.reads.__enter__()
+
+    def on_step_end(self, *args, **kwargs):
+        self.reads.__exit__(None, None, None)
+        self.counts.append(self.reads)
+
+
+@pytest.mark.parametrize("teacher", ["disabled", "shared"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_reads_of_a_micro_batch(bf16, make_trainer):
-    counts = []
+def test_reads_of_a_step(bf16, teacher, make_trainer, monkeypatch):
+    """Four micro-batches forward and backward, clipping, the optimizer's step: one look at the losses. Rollouts: their
+    stops and their tokens. The teacher: none. The first step also probes how the model goes on from a prefix."""
+    monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})  # as on a GPU
+    written = []
     trainer = make_trainer(
         model=perturb(attach_lora(tiny_model())),
         rows=ROWS,
-        config={"bf16": bf16, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2},
+        config={
+            "bf16": bf16,
+            "lmbda": 1.0,
+            "teacher_adapter": teacher,
+            "max_new_tokens": 16,
+            "per_device_train_batch_size": 2,  # of different length
+            "gradient_accumulation_steps": 4,
+            "max_steps": 3,
+            "optim": "sgd",  # AdamW looks at its count of steps, which is on the host
+        },
     )
-    step = trainer.training_step
+    trainer.model.get_base_model().set_attn_implementation("sdpa")  # as on a GPU
+    step, roll_out_and_score = Step(), trainer.roll_out_and_score
+    trainer.add_callback(step)
 
     def counted(*args, **kwargs):
         with HostReads() as reads:
-            loss = step(*args, **kwargs)
-        counts.append(reads)
-        return loss
+            rows = roll_out_and_score(*args, **kwargs)
+        written.append(reads)
+        return rows
 
-    trainer.training_step = counted
+    trainer.roll_out_and_score = counted
     trainer.train()
-    assert len(counts) == 8
-    for reads in counts:
-        assert reads.count <= MICRO_BATCH, reads.places
+    assert len(step.counts) == len(written) == 3
+    for reads in step.counts:
+        assert reads.count == STEP, reads.places
+    for reads in written[1:]:
+        assert reads.count <= 16 // 8 + 1, reads.places
+    assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
-def test_reads_of_a_token(kind, monkeypatch):
+def test_reads_of_a_token(kind, fixed, monkeypatch):
     """Once in eight tokens and once at the end, whatever the number of rows and of layers."""
     monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
+    monkeypatch.setattr(decode, "FIXED_ON", {"cpu"} if fixed else set())
     model = tiny_model(kind)
     for new in (8, 32):
         with HostReads() as reads:
@@ -111,6 +148,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(divergence, "fuses", lambda device: device == META)
     monkeypatch.setattr(projection, "has_wide_products", lambda device: device == META)
     monkeypatch.setattr(rollout, "READ_EVERY", {"meta": 8})
+    monkeypatch.setattr(decode, "FIXED_ON", {"meta"})
     return seen
 
 

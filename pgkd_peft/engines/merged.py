@@ -57,8 +57,10 @@ class MergedCopy:
     def refresh(self) -> nn.Module:
         """Bring the linear weights up to date with the student's; once an optimizer step."""
         for source, linear in self.pairs:
-            # not in place: the dense weight of a float32 base is the base's own tensor
-            linear.weight.copy_(dequantized_weight(source.get_base_layer()) + source.get_delta_weight(STUDENT).float())
+            # into the delta, which is new: the dense weight of a float32 base is the base's own tensor
+            linear.weight.copy_(
+                source.get_delta_weight(STUDENT).float().add_(dequantized_weight(source.get_base_layer()))
+            )
         return self.model
 
 
