@@ -10,11 +10,12 @@ from hostreads import HostReads
 from tiny import ROWS, tiny_model
 from transformers import TrainerCallback
 
-from pgkd_peft import divergence, projection, rollout
+from pgkd_peft import divergence, projection, rollout, scoring
 from pgkd_peft.divergence import linear_jsd
 from pgkd_peft.engines import decode
 from pgkd_peft.model.load import attach_lora
 from pgkd_peft.rollout import generate, pick
+from pgkd_peft.rows import Row
 
 STEP = 1  # reads of an optimizer step, however many micro-batches it has
 SETTINGS = {"stop_ids": [], "pad_id": 0, "temperature": 1.0}
@@ -187,3 +188,19 @@ def test_every_tensor_of_a_rollout_is_on_its_device_and_the_first_read_is_that_o
     assert "finished.tolist()" in lines[-1]
     assert len(passes) == 8  # the prompts, and seven tokens
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("common", [0, 40])
+def test_every_tensor_of_a_scoring_is_on_its_device_and_none_is_read(common, as_on_a_gpu, monkeypatch):
+    """Rows of different length, read whole, and after a beginning that they share."""
+    monkeypatch.setattr(scoring, "why_not_shared", lambda model: None)  # the probe reads once a model
+    model = tiny_model().to(META)
+    scoring.add_hidden_states_forward(model)
+    beginning = [5, *range(60, 60 + common)]
+    rows = [Row(p, [*beginning, *p, 8], [30 + i] * (3 + i), True, 0) for i, p in enumerate(PROMPTS)]
+    rows += [Row(p, p, [40] * 4, False, 0) for p in PROMPTS]  # without PI
+    with rollout.masks_unread(model):
+        scoring.score_teacher(model, rows, 0)
+    for row in rows:
+        assert row.teacher_hidden.device == META
+        assert row.teacher_hidden.shape == (len(row.completion), model.config.hidden_size)
