@@ -151,7 +151,8 @@ def masks_unread(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _mask_as_it_is(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    unpadded = kwargs.get("attention_mask") is None  # known without a look
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": unpadded and kwargs.get("allow_is_causal_skip", True)})
 
 
 MASK_UNREAD = "sdpa_mask_unread"

@@ -122,7 +122,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             return batches, None
         rows = [row for batch in batches for row in rows_in(batch)]
         rows = self.roll_out_and_score(rows, on_policy=self.on_policy_step())
-        tokens = torch.tensor(sum(len(row.kept) for row in rows), device=device)
+        tokens = torch.full((), sum(len(row.kept) for row in rows), device=device)
         return self.micro_batches(rows, len(batches)), self.accelerator.gather(tokens).sum()
 
     def on_policy_step(self) -> bool:

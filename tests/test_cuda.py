@@ -96,6 +96,35 @@ def test_the_loss_waits_for_nothing():
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_micro_batch_waits_for_nothing(quantization, make_trainer, llama_path):
+    """What tests/test_syncs.py counts on a CPU, with the copies to the device as well."""
+    trainer = make_trainer(
+        model=llama_path,
+        config={
+            "bf16": torch.cuda.is_bf16_supported(),
+            "base_quantization": quantization,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 3,
+        },
+    )
+    step, watched = trainer.training_step, []
+
+    def strict(*args, **kwargs):
+        if trainer.state.global_step > 0:  # the first step compiles
+            torch.cuda.set_sync_debug_mode("error")
+            watched.append(trainer.state.global_step)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer.training_step = strict
+    trainer.train()
+    assert set(watched) == {1, 2}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_merged_copy_writes_what_the_adapter_writes(quantization, tmp_path):
     base = load_base(save_tiny(tmp_path / "base"), quantization=quantization, dtype=torch.float32)
     assert base.device.type == "cuda"

@@ -34,10 +34,13 @@ def fixed(monkeypatch):
     return switch
 
 
+@pytest.mark.parametrize("stride", [16, 256])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
-def test_the_same_tokens(kind, temperature, fixed):
-    """Rows of different length, with copies, some of which stop early, so that the others go on in a smaller batch."""
+def test_the_same_tokens(kind, temperature, stride, fixed, monkeypatch):
+    """Rows of different length, with copies, some of which stop early, so that the others go on in a smaller batch;
+    within one stride, and over several."""
+    monkeypatch.setattr(decode, "STRIDE", stride)
     model = tiny_model(kind)
     expected = generate(model, PROMPTS, temperature=temperature, seed=3, **SETTINGS)
     made = fixed()
@@ -80,20 +83,20 @@ def graph_that_is_none(step, rehearse):
 
 
 def test_rehearsals_leave_no_trace(fixed, monkeypatch):
+    monkeypatch.setattr(decode, "STRIDE", 3)
     model = tiny_model()
     expected = generate(model, PROMPTS, temperature=1.0, seed=3, **SETTINGS)
     made, recordings = fixed(), []
 
     def recorded(reader):
-        left = reader.mask_RS.shape[1] - reader.length
-        recordings.append(left)
+        recordings.append((len(reader.mask_RS), reader.length))
         return graph_that_is_none(reader._step, reader._rehearse)
 
     monkeypatch.setattr(decode.Fixed, "_recorded", recorded)
     assert generate(model, PROMPTS, temperature=1.0, seed=3, **SETTINGS) == expected
     assert made
-    assert len(recordings) > 1  # anew when rows have left
-    assert recordings[0] == SETTINGS["max_new_tokens"]
+    assert len({rows for rows, _ in recordings}) > 1  # anew when rows have left
+    assert len({length for rows, length in recordings if rows == recordings[0][0]}) > 1  # and for every stride
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -115,6 +118,6 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(memory, fixed, monkeypatch
             reader._recorded()
         return
     with caplog.at_level(logging.WARNING):
-        assert reader._recorded() == reader._step
+        assert reader._recorded() is None
     assert "LlamaForCausalLM cannot be recorded" in caplog.text
     assert "not permitted" in caplog.text

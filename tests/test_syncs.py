@@ -8,14 +8,14 @@ import torch
 from conftest import perturb
 from hostreads import HostReads
 from tiny import ROWS, tiny_model
-from transformers import TrainerCallback
+from transformers import AttentionInterface, TrainerCallback
 
 from pgkd_peft import divergence, projection, rollout, scoring
 from pgkd_peft.divergence import linear_jsd
 from pgkd_peft.engines import decode
 from pgkd_peft.model.load import attach_lora
 from pgkd_peft.rollout import generate, pick
-from pgkd_peft.rows import Row
+from pgkd_peft.rows import Row, pack
 
 STEP = 1  # reads of an optimizer step, however many micro-batches it has
 SETTINGS = {"stop_ids": [], "pad_id": 0, "temperature": 1.0}
@@ -129,6 +129,33 @@ def test_masks_that_nobody_reads_change_nothing(monkeypatch):
     expected = generate(model, PROMPTS, max_new_tokens=20, **SETTINGS)
     monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
     assert generate(model, PROMPTS, max_new_tokens=20, **SETTINGS) == expected
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_without_padding_come_without_a_mask(padded, monkeypatch):
+    """The fast kernels of attention take none, and nothing had to be read to know it."""
+    monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
+    masks = []
+    original = AttentionInterface._global_mapping[rollout.MASK_UNREAD]
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, rollout.MASK_UNREAD, attention)
+    model = tiny_model()
+    scoring.add_hidden_states_forward(model)
+    rows = [Row([5, 6 + i], [5, 6 + i], [30 + i] * (3 + padded * i), False, 0) for i in range(3)]
+    batch = pack([row.prompt for row in rows], rows, 0, torch.device("cpu"))
+    with rollout.masks_unread(model), torch.no_grad(), HostReads() as reads:
+        found = model(**batch)
+    assert reads.count == 0, reads.places
+    assert masks
+    assert all((mask is not None) == padded for mask in masks)
+    for row, part in zip(rows, found.split([len(row.completion) for row in rows])):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([row.prompt + row.completion]), output_hidden_states=True)
+        torch.testing.assert_close(part, alone.hidden_states[-1][0, 1:-1], rtol=1e-4, atol=1e-4)
 
 
 # ---- a device that is not the CPU ------------------------------------------------------------------------------------
