@@ -34,12 +34,16 @@ bench: install  ## measures; appends to tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/divergence.py --quick
 	$(BIN)/python tests/benchmarks/step.py --quick
 
-gpu: install  ## on a machine with a GPU: its tests, then divergence and steps; appends to tests/benchmarks/results
+gpu: install  ## with a GPU, 25 minutes: its tests, then divergence and steps; appends to tests/benchmarks/results
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU, or a torch without CUDA'"
-	$(BIN)/python -m pytest -m cuda
-	$(BIN)/python tests/benchmarks/divergence.py --device cuda --n 1024 --vocab 151936 --d 1536 3584 --chunk-mib 256
-	for model in qwen-1.5b qwen-7b; do $(BIN)/python tests/benchmarks/step.py --device cuda --model $$model \
-		--trainer pgkd sdft --batch 4 --quantization nf4 --privileged-tokens 1024 --new-tokens 512 --steps 3; done
+	failed=0; \
+	timeout 9m $(BIN)/python -m pytest -m cuda || failed=1; \
+	timeout 6m $(BIN)/python tests/benchmarks/divergence.py --device cuda --method floor ours trainer gkd_fp32 trl \
+		--n 1024 --vocab 151936 --d 1536 3584 --chunk-mib 256 || failed=1; \
+	for run in "4m qwen-1.5b" "6m qwen-7b"; do set -- $$run; \
+		timeout $$1 $(BIN)/python tests/benchmarks/step.py --device cuda --model $$2 --trainer pgkd sdft --batch 4 \
+			--quantization nf4 --privileged-tokens 1024 --new-tokens 512 --steps 3 || failed=1; done; \
+	exit $$failed  # each part has its time, and says what it found whatever the others did
 
 # vLLM wants older Transformers, so it lives in an environment of its own. The three packages that go are built for CUDA.
 VLLM := .venv-vllm

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .config import CLIP_MODES
 from .errors import ConfigError
 from .model.head import Head
-from .projection import ModuleHead, Pair, TensorHead, head_of, pair_of
+from .projection import ModuleHead, Pair, TensorHead, head_of, largest, pair_of
 
 logger = logging.getLogger(__name__)
 
@@ -323,8 +323,9 @@ def _rows(
     slope = _squash_(zs, student, grad_dtype is not None)
     _squash_(zt, teacher, False)
     top = zt.topk(options.top_k).indices if options.top_k is not None and options.top_k < zt.shape[1] else None
-    (max_s, first_s), max_t = zs.max(-1, keepdim=True), zt.amax(-1, keepdim=True)
-    agree = zt.gather(-1, first_s) == max_t  # one index is enough: of two, an argmax takes three times as long as amax
+    first_s, max_t = largest(zs, 1), zt.amax(-1, keepdim=True)
+    max_s = zs.gather(-1, first_s)
+    agree = zt.gather(-1, first_s) == max_t  # one index is enough
     s, t = torch.softmax(zs, dim=-1), torch.softmax(zt, dim=-1)
     log_top_s, log_top_t = s.amax(-1, keepdim=True).log(), t.amax(-1, keepdim=True).log()
     lse_s, lse_t = max_s - log_top_s, max_t - log_top_t

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import ConfigError
 
 MASKED = -1e4  # stands for a logit of -inf: probability 0, and products with it stay finite
 CAST_BLOCK_BYTES = 2**22  # of the head's weight that are cast to another dtype at a time
+COLUMN = 16  # values of which :func:`largest` looks at the maximum first
 EXACT_TOKENS = 128  # logits a position that :class:`RefinedPair` computes in fp32
 
 
@@ -193,8 +195,8 @@ class RefinedPair(Pair):
 
     def project(self, student_hidden: Tensor, teacher_hidden: Tensor, want_grad: bool) -> None:
         rows = student_hidden.shape[0]
-        self._hidden = torch.stack([student_hidden.float(), teacher_hidden.float()], dim=-1)  # (R, D, 2)
-        change = self._hidden[..., 0] - self._hidden[..., 1]
+        self._hidden = torch.stack([student_hidden, teacher_hidden], dim=1).float()  # (R, 2, D)
+        change = self._hidden[:, 0] - self._hidden[:, 1]
         weight = self.head.weight.detach().t()
         torch.mm(teacher_hidden, weight, out=self._teacher_logits[:rows])
         torch.mm(change.to(self.head.grad_dtype), weight, out=self._difference[:rows])
@@ -204,18 +206,42 @@ class RefinedPair(Pair):
         zt = self._teacher_logits[rows].float()
         zs = self._difference[rows].float().add_(zt)
         count = min(EXACT_TOKENS, self.head.vocab)
-        likeliest = torch.maximum(zs, zt).topk(count, sorted=False).indices  # (R, count)
+        likeliest = largest(torch.maximum(zs, zt), count)  # (R, count)
         hidden = self._hidden[rows]
-        step = max(1, CAST_BLOCK_BYTES // (4 * count * hidden.shape[1]))
+        step = max(1, CAST_BLOCK_BYTES // (4 * count * hidden.shape[2]))
         for start in range(0, hidden.shape[0], step):
             some = slice(start, start + step)
-            exact = self.head.weight.detach()[likeliest[some]].float() @ hidden[some]  # (R, count, 2)
-            zs[some].scatter_(-1, likeliest[some], exact[..., 0])
-            zt[some].scatter_(-1, likeliest[some], exact[..., 1])
+            # rows by F.embedding, an eighth of the time of an index
+            weight = F.embedding(likeliest[some], self.head.weight.detach()).float()  # (R, count, D)
+            exact = hidden[some] @ weight.transpose(
+                1, 2
+            )  # (R, 2, count); the other way round takes eight times as long
+            zs[some].scatter_(-1, likeliest[some], exact[:, 0])
+            zt[some].scatter_(-1, likeliest[some], exact[:, 1])
         return zs, zt
 
     def grad_buffer(self) -> Tensor:
         return self._difference[: len(self._hidden)]  # each row's difference is used before its gradient is written
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row (R, V) are: (R, count), in no order.
+
+    On a CPU in two steps, which take half the time of one: the `count` columns of `COLUMN` values each that have the
+    largest maxima, for no other column can hold one of them; then the largest inside these.
+    """
+    vocab = values.shape[1]
+    columns = -(-vocab // COLUMN)
+    if values.device.type != "cpu" or columns < count:
+        return values.argmax(-1, keepdim=True) if count == 1 else values.topk(count, sorted=False).indices
+    if vocab % COLUMN:
+        values = F.pad(values, (0, columns * COLUMN - vocab), value=-torch.inf)
+    table = values.view(-1, COLUMN, columns)  # value i stands in column i % columns
+    best = table.amax(1).topk(count, sorted=False).indices  # (R, count)
+    inside = table.gather(2, best[:, None].expand(-1, COLUMN, -1)).flatten(1)  # (R, COLUMN * count)
+    found = inside.topk(count, sorted=False).indices
+    # a row of nothing but -inf may find its padding
+    return (best.gather(1, found % count) + found // count * columns).clamp(max=vocab - 1)
 
 
 def pair_of(student: TensorHead | ModuleHead, teacher: TensorHead | ModuleHead, dtype: torch.dtype) -> Pair:

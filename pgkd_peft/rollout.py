@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .engines.decode import reader_of
 from .errors import ModelError
 from .model.adapters import eval_mode
 from .model.caches import cache_argument, is_plain, joined, new_cache, select_rows, why_not_shared
@@ -138,7 +139,7 @@ def generate(
 def masks_unread(base: PreTrainedModel) -> Iterator[None]:
     """Inside, `sdpa` attention on a GPU takes its mask as it is. Transformers looks at every forward whether the mask
     hides anything, to leave it out where it does not: a wait for the device each token, for nothing that a query of one
-    token gains from."""
+    token gains from, and each pass of a step, where rows without padding come without a mask anyway."""
     change = base.device.type in READ_EVERY and base.config._attn_implementation == "sdpa"
     try:
         if change:
@@ -150,7 +151,8 @@ def masks_unread(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _mask_as_it_is(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    unpadded = kwargs.get("attention_mask") is None  # known without a look
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": unpadded and kwargs.get("allow_is_causal_skip", True)})
 
 
 MASK_UNREAD = "sdpa_mask_unread"
@@ -208,9 +210,9 @@ def _decode(
         select_rows(cache, every)
         logits, position, mask = logits[every], position[every], mask[every]
 
-    count, shown = len(prompts) * copies, mask.shape[1]
+    count = len(prompts) * copies
     tokens = torch.full((count, max_new_tokens), pad_id, device=device)
-    mask = torch.cat([mask, mask.new_ones(count, max_new_tokens)], dim=1)  # (R, L + new), read up to the present token
+    reader = reader_of(model, cache, mask, max_new_tokens)
     alive = torch.arange(count, device=device)  # rows still in the batch
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     every = READ_EVERY.get(device.type, 1)
@@ -224,19 +226,11 @@ def _decode(
             keep = [i for i, done in enumerate(finished.tolist()) if not done]  # the one wait for the device
             if not keep:
                 break
-            if len(keep) <= 0.75 * len(alive):  # copying the cache pays once a quarter of the rows has finished
+            if len(keep) <= reader.worth_leaving * len(alive):
                 index = torch.tensor(keep, device=device)
-                select_rows(cache, index)
-                alive, token, position, mask, finished = (x[index] for x in (alive, token, position, mask, finished))
-        out = model(
-            input_ids=token[:, None],
-            attention_mask=mask[:, : shown + t + 1],
-            position_ids=position,
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_argument(model): cache},
-        )
-        logits, position = out.logits[:, -1], position + 1
+                reader.keep(index)
+                alive, token, position, finished = (x[index] for x in (alive, token, position, finished))
+        logits, position = reader.read(token, position), position + 1
     return [_up_to_stop(row, set(stop_ids)) for row in tokens[:, : t + 1].tolist()]
 
 
@@ -431,9 +425,8 @@ class _Reader:
             common = {"attention_mask": self.mask, "position_ids": self.positions, cache_argument(model): self.cache}
             if self.head is None:
                 return model(input_ids=ids, use_cache=True, logits_to_keep=1, **common).logits[:, -1]
-            last = torch.zeros_like(ids, dtype=torch.bool)
-            last[:, -1] = True
-            self.hidden = model(input_ids=ids, use_cache=True, hidden_mask=last, **common)
+            last = torch.arange(1, len(ids) + 1, device=self.device) * ids.shape[1] - 1
+            self.hidden = model(input_ids=ids, use_cache=True, hidden_index=last, **common)
             return self.head(self.hidden)
 
     def read(self, token: torch.Tensor) -> None:
@@ -453,24 +446,30 @@ def _decode_mixed(
     uniforms: torch.Tensor,  # (R, max_new_tokens)
 ) -> list[MixedRollout]:
     uniforms = uniforms.to(student.device)
-    completions: list[list[int]] = [[] for _ in range(len(uniforms))]
-    taken: list[list[bool]] = [[] for _ in completions]
-    hidden: list[list[torch.Tensor]] = [[] for _ in completions]
+    tokens: list[torch.Tensor] = []  # a tensor a position each, of all rows, read at the end
+    taken: list[torch.Tensor] = []
+    hidden: list[torch.Tensor] = []
+    end = torch.tensor(sorted(stops), device=student.device, dtype=torch.long)
+    finished = torch.zeros(len(uniforms), dtype=torch.bool, device=student.device)
+    every = READ_EVERY.get(student.device.type, 1)
     for t in range(max_new_tokens):
         by_teacher = half_jsd(student.logits, teacher.logits) > takeover  # (R,)
         own, better = (pick(reader.logits, temperature, uniforms[:, t]) for reader in (student, teacher))
         token = torch.where(by_teacher, better, own)
         assert teacher.hidden is not None
-        for row, (value, theirs) in enumerate(zip(token.tolist(), by_teacher.tolist())):
-            if not completions[row] or completions[row][-1] not in stops:
-                completions[row].append(value)
-                taken[row].append(theirs)
-                hidden[row].append(teacher.hidden[row])
-        if t == max_new_tokens - 1 or all(completion[-1] in stops for completion in completions):
+        for kept, new in ((tokens, token), (taken, by_teacher), (hidden, teacher.hidden)):
+            kept.append(new)
+        finished |= torch.isin(token, end)
+        if t == max_new_tokens - 1 or (t % every == every - 1 and bool(finished.all())):
             break
         for reader in (student, teacher):
             reader.read(token)
-    return [MixedRollout(ids, torch.stack(states), mine) for ids, states, mine in zip(completions, hidden, taken)]
+    hidden_RTD, taken_RT = torch.stack(hidden, dim=1), torch.stack(taken, dim=1).tolist()
+    completions = [_up_to_stop(row, stops) for row in torch.stack(tokens, dim=1).tolist()]
+    return [
+        MixedRollout(ids, states[: len(ids)], mine[: len(ids)])
+        for ids, states, mine in zip(completions, hidden_RTD, taken_RT)
+    ]
 
 
 def half_jsd(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

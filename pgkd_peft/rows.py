@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,29 +70,43 @@ def pack(
 ) -> dict[str, torch.Tensor]:
     """Prompt + completion of each row, right-padded, with explicit positions; or, `flat`, one after the other.
 
+    What the host knows is not left to be read from the device: the kept positions are numbers instead of a mask, and
+    rows that need no padding go without ``attention_mask`` and ``position_ids``, at which Transformers would look to
+    find out as much.
+
     Returns:
-        ``input_ids``, ``attention_mask``, ``position_ids`` (B, T) and ``hidden_mask`` (B, T), true at the positions
-        whose hidden state predicts a kept completion token. Flat: (1, sum of T), positions from 0 in every row, and no
-        ``attention_mask``. The kept positions stand in the same order in both.
+        ``input_ids``, ``attention_mask``, ``position_ids`` (B, T) and ``hidden_index`` (N,), the places among the B * T
+        whose hidden state predicts a kept completion token, row by row. Flat: (1, sum of T), positions from 0 in every
+        row, and no ``attention_mask``.
     """
-    if flat:
-        parts = [pack([prompt], [row], pad_id, device) for prompt, row in zip(prompts, rows)]
-        names = ("input_ids", "position_ids", "hidden_mask")
-        return {name: torch.cat([part[name] for part in parts], dim=1) for name in names}
-    longest = max(len(p) + len(r.completion) for p, r in zip(prompts, rows))
-    ids = torch.full((len(rows), longest), pad_id)  # (B, T)
-    mask = torch.zeros_like(ids)
-    hidden_mask = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (prompt, row) in enumerate(zip(prompts, rows)):
-        length = len(prompt) + len(row.completion)
-        ids[i, :length] = torch.tensor(prompt + row.completion)
-        mask[i, :length] = 1
+    lengths = [len(p) + len(r.completion) for p, r in zip(prompts, rows)]
+    longest = max(lengths)
+    starts = list(itertools.accumulate(lengths, initial=0)) if flat else range(0, longest * len(rows), longest)
+    index: list[int] = []
+    for start, prompt, row in zip(starts, prompts, rows):
         first, last, _ = row.keep.indices(len(row.completion))
         # token t of the completion is predicted one position earlier, at P - 1 + t
-        hidden_mask[i, len(prompt) - 1 + first : len(prompt) - 1 + max(first, last)] = True
-    positions = torch.arange(longest).expand(len(rows), -1)
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "hidden_mask": hidden_mask}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+        index += range(start + len(prompt) - 1 + first, start + len(prompt) - 1 + last)
+    whole = [list(prompt) + list(row.completion) for prompt, row in zip(prompts, rows)]
+    if flat:
+        batch = {
+            "input_ids": torch.tensor([list(itertools.chain.from_iterable(whole))]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        }
+    else:
+        batch = {"input_ids": torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in whole])}
+        if min(lengths) < longest:
+            batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+            batch["position_ids"] = torch.arange(longest).repeat(len(rows), 1)
+    batch["hidden_index"] = torch.tensor(index, dtype=torch.long)
+    return {name: to_device(tensor, device) for name, tensor in batch.items()}
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor there; from pinned memory, else the host would wait until the GPU has done all that came before."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def hand_out(rows: Sequence[Row], hidden: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from .model.architecture import backbone_of
 from .model.caches import for_rows, has_states, why_not_shared
 from .model.load import base_of
 from .prefix import Prefix, Prefixes, TeacherMemory
-from .rows import TOKEN_BUDGET, Row, by_length, hand_out, pack
+from .rows import TOKEN_BUDGET, Row, by_length, hand_out, pack, to_device
 from .run.memory import in_halves
 
 
@@ -31,21 +31,22 @@ def reads_packed_rows(model: nn.Module) -> bool:
 
 
 def add_hidden_states_forward(base: PreTrainedModel) -> None:
-    """Let ``model(..., hidden_mask=mask)`` return the last hidden states at `mask` (N, D) instead of logits.
+    """Let ``model(..., hidden_index=index)`` return last hidden states (N, D) instead of logits: those at the places
+    `index` (N,) of the B * T positions.
 
     The backbone runs through the model's own ``forward``, so autocast, DDP hooks and checkpointing apply; the head
-    does not run. Without `hidden_mask` the forward is the original one. A second call changes nothing.
+    does not run. Without `hidden_index` the forward is the original one. A second call changes nothing.
     """
     original = base.forward
     if getattr(original, "gives_hidden_states", False):
         return
 
     @functools.wraps(type(base).forward)
-    def forward(self: PreTrainedModel, *args: Any, hidden_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if hidden_mask is None:
+    def forward(self: PreTrainedModel, *args: Any, hidden_index: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if hidden_index is None:
             return original(*args, **kwargs)
         kwargs.setdefault("use_cache", False)
-        return backbone_of(self)(*args, **kwargs).last_hidden_state[hidden_mask]
+        return backbone_of(self)(*args, **kwargs).last_hidden_state.flatten(0, 1).index_select(0, hidden_index)
 
     forward.gives_hidden_states = True  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)
@@ -155,7 +156,10 @@ def _score_after(
         device,
     )
     packed = pack([row.teacher_prompt[end:] for row, end in zip(rows, ends)], rows, pad_id, device)
-    packed["position_ids"] = packed["position_ids"] + torch.tensor(ends, device=device)[:, None]
-    before = torch.arange(max(ends), device=device) >= max(ends) - torch.tensor(ends, device=device)[:, None]
-    packed["attention_mask"] = torch.cat([before.to(packed["attention_mask"]), packed["attention_mask"]], dim=1)
+    lengths = [len(row.teacher_prompt) + len(row.completion) - end for row, end in zip(rows, ends)]
+    start, end, length = max(ends), torch.tensor(ends)[:, None], torch.tensor(lengths)[:, None]
+    place = torch.arange(start + max(lengths))  # (start + T,), each row's beginning right before its rest
+    mask = (place >= start - end) & (place < start + length)
+    packed["attention_mask"] = to_device(mask.long(), device)
+    packed["position_ids"] = to_device(place[start:] - start + end, device)
     hand_out(rows, model(**packed, past_key_values=cache, use_cache=True))

@@ -52,9 +52,9 @@ from .model.head import Head
 from .model.load import base_of
 from .model.student import build_student, context_length, embedding_rows, find_tokenizer, hidden_size
 from .prefix import plan_teacher
-from .rollout import generate, generate_mixed, window_generator
+from .rollout import generate, generate_mixed, masks_unread, window_generator
 from .rollout_log import RolloutLogCallback, distinct, write_final_traces
-from .rows import Row, pack, rows_of
+from .rows import Row, pack, rows_of, to_device
 from .run.console import logger, show_log_lines
 from .run.health import HealthCallback
 from .run.memory import memory_for
@@ -132,7 +132,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             return batches, None
         rows = [row for batch in batches for row in rows_in(batch)]
         rows = self.roll_out_and_score(rows, on_policy=self.on_policy_step())
-        tokens = torch.tensor(sum(len(row.kept) for row in rows), device=device)
+        tokens = torch.full((), sum(len(row.kept) for row in rows), device=device)
         return self.micro_batches(rows, len(batches)), self.accelerator.gather(tokens).sum()
 
     def on_policy_step(self) -> bool:
@@ -157,7 +157,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
                 row.teacher_hidden = row.teacher_hidden[row.keep]
         with memory_for("teacher"), self.meters.timed(mode, "teacher"), self.teacher.weights() as teacher:
             at_once, unread = args.per_device_train_batch_size, [row for row in rows if row.teacher_hidden is None]
-            score_teacher(teacher, unread, self.pad_id, memory=self.memory, rows_at_once=at_once)
+            with masks_unread(base_of(teacher)):
+                score_teacher(teacher, unread, self.pad_id, memory=self.memory, rows_at_once=at_once)
         self.last_rows = rows
         self.meters.add(
             mode,
@@ -263,7 +264,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
     def batch_of(self, rows: list[Row]) -> dict[str, Any]:
         """What the student reads (:func:`pgkd_peft.rows.pack`), with the rows themselves."""
         prompts, device = [row.prompt for row in rows], self.args.device
-        kept_ids_N = torch.tensor([token for row in rows for token in row.kept], dtype=torch.long, device=device)
+        kept_ids_N = to_device(torch.tensor([id_ for row in rows for id_ in row.kept], dtype=torch.long), device)
         batch = pack(prompts, rows, self.pad_id, device, flat=reads_packed_rows(self.model))
         return {**batch, "kept_ids": kept_ids_N, "rows": rows}
 
@@ -283,6 +284,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         with (
             memory_for("student"),
             self.meters.timed("train", "student"),
+            masks_unread(base_of(self.model)),
             without_input_casts(self.model, autocast=autocast),
         ):
             for i, part in enumerate(parts):
@@ -310,8 +312,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         student_ND = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs.get("attention_mask"),
-            position_ids=inputs["position_ids"],
-            hidden_mask=inputs["hidden_mask"],
+            position_ids=inputs.get("position_ids"),
+            hidden_index=inputs["hidden_index"],
         )
         teacher_ND = torch.cat([row.teacher_hidden for row in rows if row.kept] or [student_ND.detach()])
         result = jsd_between(
@@ -414,6 +416,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             collator.keep_sources = True
 
         # TRL's trainers around them, without what they would change.
+        args.logging_nan_inf_filter = False  # a look at every loss; stop_if_not_finite takes one a step
         advice = without_migration_advice("trl.experimental.gkd.gkd_trainer")
         with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args), advice:
             super().__init__(

@@ -194,7 +194,7 @@ USED = frozenset(
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
     activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps
-    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    logging_strategy logging_steps logging_first_step log_on_each_node log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start
     save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
@@ -220,6 +220,7 @@ HARMLESS = {
     "include_for_metrics": _NO_LOGITS,
     "batch_eval_metrics": _NO_LOGITS,
     "label_names": "there are no labels",
+    "logging_nan_inf_filter": "it would read every loss; a step's are looked at together, and NaN stops the run",
     "remove_unused_columns": "GKDTrainer sets it: rows keep their columns until both contexts are made",
     "length_column_name": "it names a column of train_sampling_strategy='group_by_length', which is refused",
     "skip_memory_metrics": "it adds Transformers' own memory figures to the log, or not",

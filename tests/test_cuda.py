@@ -9,6 +9,7 @@ from tiny import save_tiny, tiny_model
 
 from pgkd_peft import divergence
 from pgkd_peft.divergence import linear_jsd
+from pgkd_peft.engines import decode
 from pgkd_peft.engines.merged import MergedCopy
 from pgkd_peft.model.load import attach_lora, load_base
 from pgkd_peft.rollout import generate
@@ -95,6 +96,35 @@ def test_the_loss_waits_for_nothing():
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_micro_batch_waits_for_nothing(quantization, make_trainer, llama_path):
+    """What tests/test_syncs.py counts on a CPU, with the copies to the device as well."""
+    trainer = make_trainer(
+        model=llama_path,
+        config={
+            "bf16": torch.cuda.is_bf16_supported(),
+            "base_quantization": quantization,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 3,
+        },
+    )
+    step, watched = trainer.training_step, []
+
+    def strict(*args, **kwargs):
+        if trainer.state.global_step > 0:  # the first step compiles
+            torch.cuda.set_sync_debug_mode("error")
+            watched.append(trainer.state.global_step)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer.training_step = strict
+    trainer.train()
+    assert set(watched) == {1, 2}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_merged_copy_writes_what_the_adapter_writes(quantization, tmp_path):
     base = load_base(save_tiny(tmp_path / "base"), quantization=quantization, dtype=torch.float32)
     assert base.device.type == "cuda"
@@ -112,6 +142,34 @@ def test_rollouts_do_not_depend_on_batching_and_stop_where_a_cpu_stops():
     done = generate(model, PROMPTS, **settings)
     assert done == generate(model, PROMPTS, **settings, token_budget=1)
     assert done == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
+def test_a_recorded_decode_step_writes_the_same_tokens(kind, temperature, monkeypatch, caplog):
+    """The loop with graphs, recorded anew as rows leave, against the one whose cache grows."""
+    model = tiny_model(kind).cuda()
+    settings = {"max_new_tokens": 60, "stop_ids": list(range(4, 12)), "pad_id": 0, "temperature": temperature}
+    graphs = []
+    original = decode.recorded
+    monkeypatch.setattr(decode, "recorded", lambda *args: graphs.append(original(*args)) or graphs[-1])
+    done = generate(model, PROMPTS, copies=4, **settings)
+    assert graphs, caplog.text
+    monkeypatch.setattr(decode, "FIXED_ON", set())
+    assert done == generate(model, PROMPTS, copies=4, **settings)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_both_engines_of_a_16_bit_model_are_recorded(quantization, tmp_path, monkeypatch):
+    base = load_base(save_tiny(tmp_path / "base"), quantization=quantization, dtype=torch.bfloat16)
+    student = perturb(attach_lora(base), 0.02)
+    graphs = []
+    original = decode.recorded
+    monkeypatch.setattr(decode, "recorded", lambda *args: graphs.append(original(*args)) or graphs[-1])
+    for model in (student, MergedCopy(student, torch.bfloat16).refresh()):
+        generate(model, PROMPTS, max_new_tokens=40, stop_ids=[], pad_id=0)
+        assert graphs.pop()
+    assert not graphs
 
 
 def test_an_nf4_run_trains_and_keeps_its_base(make_trainer, llama_path):

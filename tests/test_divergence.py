@@ -17,6 +17,7 @@ from torch import nn
 from pgkd_peft import divergence
 from pgkd_peft.divergence import linear_jsd
 from pgkd_peft.errors import ConfigError
+from pgkd_peft.projection import largest
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 SHAPES = ((1, 1, 1), (3, 31, 3), (2, 123, 31), (5, 3, 7))  # N, V, D
@@ -68,6 +69,22 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) 
     scale = expected.double().abs().amax(dim=-1, keepdim=True) if expected.dim() > 1 else expected.double().abs()
     bound = tolerance * scale + min(tolerance, 2e-6)
     assert (error <= bound).all(), f"error {error.max():.3g}, {(error / bound).max():.3g} times the bound"
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 31, 400, 5_000])
+@pytest.mark.parametrize("count", [1, 5, 128])
+def test_the_largest_are_found_in_two_steps(vocab, count):
+    values = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab))
+    values[1] = -math.inf
+    values[2, 1:] = -math.inf  # fewer than are asked for
+    values[3, vocab // 2] = math.inf
+    count = min(count, vocab)
+    found = largest(values, count)
+    assert found.shape == (9, count)
+    assert (found >= 0).all()
+    assert (found < vocab).all()
+    expected = values.topk(count).values
+    assert torch.equal(values.gather(1, found).sort(descending=True).values, expected)
 
 
 # ---- value and gradient against the oracle ---------------------------------------------------------------------------

@@ -85,10 +85,9 @@ def test_the_ends_are_the_two_models_alone(model):
 def test_the_teacher_s_states_are_those_of_a_pass_afterwards(model):
     for row, prompt in zip(mixed(model, MIXES), TEACHER_PROMPTS):
         ids = torch.tensor([prompt + row.completion])
-        wanted = torch.zeros_like(ids, dtype=torch.bool)
-        wanted[0, len(prompt) - 1 : -1] = True
+        wanted = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
         with adapter_state(model, "disabled") as base, torch.no_grad():
-            expected = base(input_ids=ids, hidden_mask=wanted)
+            expected = base(input_ids=ids, hidden_index=wanted)
         torch.testing.assert_close(row.teacher_hidden, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -8,13 +8,16 @@ import torch
 from conftest import perturb
 from hostreads import HostReads
 from tiny import ROWS, tiny_model
+from transformers import AttentionInterface, TrainerCallback
 
-from pgkd_peft import divergence, projection, rollout
+from pgkd_peft import divergence, projection, rollout, scoring
 from pgkd_peft.divergence import linear_jsd
+from pgkd_peft.engines import decode
 from pgkd_peft.model.load import attach_lora
 from pgkd_peft.rollout import generate, pick
+from pgkd_peft.rows import Row, pack
 
-MICRO_BATCH = 9  # reads of one micro-batch, forward, loss and backward; Transformers' look at the mask is one of them
+STEP = 1  # reads of an optimizer step, however many micro-batches it has
 SETTINGS = {"stop_ids": [], "pad_id": 0, "temperature": 1.0}
 PROMPTS = [[5, 40, 41], [5, 60, 61, 62]]
 
@@ -51,33 +54,68 @@ def test_the_loss_reads_nothing(options):
     assert reads.count == 0, reads.places
 
 
+class Step(TrainerCallback):
+    """Reads of everything between the first micro-batch and the log."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.reads = HostReads()
+        self.reads.__enter__()
+
+    def on_step_end(self, *args, **kwargs):
+        self.reads.__exit__(None, None, None)
+        self.counts.append(self.reads)
+
+
+@pytest.mark.parametrize("teacher", ["disabled", "shared"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_reads_of_a_micro_batch(bf16, make_trainer):
-    counts = []
+def test_reads_of_a_step(bf16, teacher, make_trainer, monkeypatch):
+    """Four micro-batches forward and backward, clipping, the optimizer's step: one look at the losses. Rollouts: their
+    stops and their tokens. The teacher: none. The first step also probes how the model goes on from a prefix."""
+    monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})  # as on a GPU
+    written = []
     trainer = make_trainer(
         model=perturb(attach_lora(tiny_model())),
         rows=ROWS,
-        config={"bf16": bf16, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2},
+        config={
+            "bf16": bf16,
+            "lmbda": 1.0,
+            "teacher_adapter": teacher,
+            "max_new_tokens": 16,
+            "per_device_train_batch_size": 2,  # of different length
+            "gradient_accumulation_steps": 4,
+            "max_steps": 3,
+            "optim": "sgd",  # AdamW looks at its count of steps, which is on the host
+        },
     )
-    step = trainer.training_step
+    trainer.model.get_base_model().set_attn_implementation("sdpa")  # as on a GPU
+    step, roll_out_and_score = Step(), trainer.roll_out_and_score
+    trainer.add_callback(step)
 
     def counted(*args, **kwargs):
         with HostReads() as reads:
-            loss = step(*args, **kwargs)
-        counts.append(reads)
-        return loss
+            rows = roll_out_and_score(*args, **kwargs)
+        written.append(reads)
+        return rows
 
-    trainer.training_step = counted
+    trainer.roll_out_and_score = counted
     trainer.train()
-    assert len(counts) == 8
-    for reads in counts:
-        assert reads.count <= MICRO_BATCH, reads.places
+    assert len(step.counts) == len(written) == 3
+    for reads in step.counts:
+        assert reads.count == STEP, reads.places
+    for reads in written[1:]:
+        assert reads.count <= 16 // 8 + 1, reads.places
+    assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
-def test_reads_of_a_token(kind, monkeypatch):
+def test_reads_of_a_token(kind, fixed, monkeypatch):
     """Once in eight tokens and once at the end, whatever the number of rows and of layers."""
     monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
+    monkeypatch.setattr(decode, "FIXED_ON", {"cpu"} if fixed else set())
     model = tiny_model(kind)
     for new in (8, 32):
         with HostReads() as reads:
@@ -91,6 +129,33 @@ def test_masks_that_nobody_reads_change_nothing(monkeypatch):
     expected = generate(model, PROMPTS, max_new_tokens=20, **SETTINGS)
     monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
     assert generate(model, PROMPTS, max_new_tokens=20, **SETTINGS) == expected
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_without_padding_come_without_a_mask(padded, monkeypatch):
+    """The fast kernels of attention take none, and nothing had to be read to know it."""
+    monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
+    masks = []
+    original = AttentionInterface._global_mapping[rollout.MASK_UNREAD]
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, rollout.MASK_UNREAD, attention)
+    model = tiny_model()
+    scoring.add_hidden_states_forward(model)
+    rows = [Row([5, 6 + i], [5, 6 + i], [30 + i] * (3 + padded * i), False, 0) for i in range(3)]
+    batch = pack([row.prompt for row in rows], rows, 0, torch.device("cpu"))
+    with rollout.masks_unread(model), torch.no_grad(), HostReads() as reads:
+        found = model(**batch)
+    assert reads.count == 0, reads.places
+    assert masks
+    assert all((mask is not None) == padded for mask in masks)
+    for row, part in zip(rows, found.split([len(row.completion) for row in rows])):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([row.prompt + row.completion]), output_hidden_states=True)
+        torch.testing.assert_close(part, alone.hidden_states[-1][0, 1:-1], rtol=1e-4, atol=1e-4)
 
 
 # ---- a device that is not the CPU ------------------------------------------------------------------------------------
@@ -111,6 +176,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(divergence, "fuses", lambda device: device == META)
     monkeypatch.setattr(projection, "has_wide_products", lambda device: device == META)
     monkeypatch.setattr(rollout, "READ_EVERY", {"meta": 8})
+    monkeypatch.setattr(decode, "FIXED_ON", {"meta"})
     return seen
 
 
@@ -149,3 +215,19 @@ def test_every_tensor_of_a_rollout_is_on_its_device_and_the_first_read_is_that_o
     assert "finished.tolist()" in lines[-1]
     assert len(passes) == 8  # the prompts, and seven tokens
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("common", [0, 40])
+def test_every_tensor_of_a_scoring_is_on_its_device_and_none_is_read(common, as_on_a_gpu, monkeypatch):
+    """Rows of different length, read whole, and after a beginning that they share."""
+    monkeypatch.setattr(scoring, "why_not_shared", lambda model: None)  # the probe reads once a model
+    model = tiny_model().to(META)
+    scoring.add_hidden_states_forward(model)
+    beginning = [5, *range(60, 60 + common)]
+    rows = [Row(p, [*beginning, *p, 8], [30 + i] * (3 + i), True, 0) for i, p in enumerate(PROMPTS)]
+    rows += [Row(p, p, [40] * 4, False, 0) for p in PROMPTS]  # without PI
+    with rollout.masks_unread(model):
+        scoring.score_teacher(model, rows, 0)
+    for row in rows:
+        assert row.teacher_hidden.device == META
+        assert row.teacher_hidden.shape == (len(row.completion), model.config.hidden_size)

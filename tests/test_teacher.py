@@ -314,7 +314,7 @@ def test_ema_cuts_the_least_and_says_how_much():
         values = {k: torch.linalg.svdvals(v) for k, v in exact.items()}
         lost = sum(float((v[RANK_FACTOR:].detach() ** 2).sum()) for v in values.values())
         total = sum(float((v.detach() ** 2).sum()) for v in values.values())
-        assert teacher.average.update() == pytest.approx(lost / total, rel=1e-3, abs=1e-9)
+        assert float(teacher.average.update()) == pytest.approx(lost / total, rel=1e-3, abs=1e-9)
         kept = dense_products(model, EMA)
         error = sum(float((kept[k] - exact[k]).detach().norm() ** 2) for k in exact)
         assert error == pytest.approx(lost, rel=1e-3, abs=1e-9 * total)  # Eckart-Young: nothing nearer has this rank

@@ -59,10 +59,10 @@ class MergedCopy:
     def refresh(self) -> nn.Module:
         """Bring the linear weights up to date with the student's; once an optimizer step."""
         for source, linear in self.pairs:
-            # not in place: the dense weight of a float32 base is the base's own tensor
             delta = source.get_delta_weight(STUDENT).float()
             turned = isinstance(source.get_base_layer(), Conv1D)
-            linear.weight.copy_(dequantized_weight(source.get_base_layer()) + (delta.T if turned else delta))
+            # into the delta, which is new: the dense weight of a float32 base is the base's own tensor
+            linear.weight.copy_((delta.T if turned else delta).add_(dequantized_weight(source.get_base_layer())))
         return self.model
 
 

@@ -11,9 +11,10 @@ and one update is
 which is the best approximation of rank R (Eckart-Young). While the true rank is at most R nothing is lost; afterwards
 the share of squared singular values that was cut off is reported. The average starts at the starting adapter's product.
 
-Layers of one shape are handled together, and nothing waits for the device but the reported share, once a step. The cost
-is that of matrix products and of one eigendecomposition of (R + r, R + r) in float64 a layer; the adapter that holds
-the average takes `RANK_FACTOR` times the student's memory, and as much more time in the teacher's LoRA products.
+Layers of one shape are handled together; the host waits for a GPU once a group, where the eigendecomposition looks
+whether it has converged, and not for the reported share. The cost is that of matrix products and of one
+eigendecomposition of (R + r, R + r) in float64 a layer; the adapter that holds the average takes `RANK_FACTOR` times
+the student's memory, and as much more time in the teacher's LoRA products.
 
 Shapes: L layers of one shape, O outputs, I inputs of a layer, r rank of the student's adapter, R rank of the average.
 """
@@ -80,11 +81,11 @@ class ProductAverage:
             _store(layers, basis, size[..., : left.shape[-1]] @ right)
 
     @torch.no_grad()
-    def update(self) -> float:
+    def update(self) -> torch.Tensor:
         """One step of the average.
 
         Returns:
-            The share of the average's squared Frobenius norm that was cut off, over all layers.
+            The share of the average's squared Frobenius norm that was cut off, over all layers; on the device.
         """
         lost, total = [], []
         for layers in self.groups:
@@ -105,8 +106,8 @@ class ProductAverage:
             _store(layers, basis, core)
             total.append(energy.sum())
             lost.append(energy[:, width:].sum())
-        everything = float(torch.stack(total).sum())
-        return float(torch.stack(lost).sum()) / everything if everything > 0 else 0.0
+        smallest = torch.finfo(torch.float64).tiny  # an average of nothing has lost nothing
+        return torch.stack(lost).sum() / torch.stack(total).sum().clamp(min=smallest)
 
 
 def cut(basis: torch.Tensor, core: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -271,11 +271,16 @@ def model_path(name: str) -> str:
         heads = {"num_key_value_heads": 4 if name == "qwen-7b" else 2}
         config = Qwen2Config(vocab_size=152_064, tie_word_embeddings=name != "qwen-7b", **SHAPES[name], **heads)
         torch.set_default_dtype(torch.bfloat16)
-        model = Qwen2ForCausalLM(config)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # where numbers are drawn in no time
+            model = Qwen2ForCausalLM(config)
         torch.set_default_dtype(torch.float32)
         model.generation_config.eos_token_id = 2
         AutoTokenizer.from_pretrained(demo).save_pretrained(target)
         model.save_pretrained(target)
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     return str(target)
 
 
