@@ -106,6 +106,36 @@ def siqa_controls() -> str:
     return table(("trained with", "right answers", "recovered gap"), rows)
 
 
+SUBJECTS = {
+    "facts": "20 facts as prose, nothing else; 40 human questions",
+    "base_files": "the README of Debian's base-files; 10 questions written before",
+    "rules": "a system prompt of four rules that code checks; 20 unseen requests",
+    "terse": "a system prompt of four worked examples; 20 unseen requests",
+}
+
+
+def bakes() -> str:
+    """The newest run of each subject and seed with the tool's own questions."""
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in lines("bake.jsonl"):
+        plain = not line["human"] and line["gap_filter"] and line["questions"] is None and not line["more"]
+        if line.get("subject") in SUBJECTS and plain:
+            runs[line["subject"], line["seed"]] = line
+    head = ("baked", "seed", "seconds", "steps", "base / with the text / student", "recovered", "in nats", "drift")
+    order = sorted(runs, key=lambda key: (list(SUBJECTS).index(key[0]), key[1]))
+    return table(head, (_bake_row(*key, runs[key]) for key in order))
+
+
+def _bake_row(subject: str, seed: int, run: Mapping[str, Any]) -> tuple[str, ...]:
+    interval = run.get("recovered_interval")
+    between = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+    recovered = "-" if run["recovered"] is None else f"{run['recovered']:.2f}{between}"
+    nats = "-" if run["recovered_nats"] is None else f"{run['recovered_nats']:.2f}"
+    scores = " / ".join(f"{run[name]:.2f}" for name in ("base", "teacher", "student"))
+    drift = "-" if run["drift"] is None else f"{run['drift']:.2f}"
+    return SUBJECTS[subject], str(seed), f"{run['seconds']:.0f}", str(run["steps"]), scores, recovered, nats, drift
+
+
 STEP_COLUMNS = {
     "bf16, batch 4, PI 300": ("none", 4, 1, 300),
     "NF4, batch 4, PI 300": ("nf4", 4, 1, 300),
@@ -279,6 +309,7 @@ def feedback_table() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "bakes": bakes,
     "facts controls": facts_controls,
     "siqa controls": siqa_controls,
     "steps": step_table,
