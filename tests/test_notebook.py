@@ -122,3 +122,16 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "runs" / "notebook-merged" / "merge_report.json").read_text())
     assert report["passed"]
     assert (tmp_path / "runs" / "notebook-adapter.zip").is_file()
+
+
+def test_the_bake_s_notebook_gives_flags_that_there_are():
+    from pgkd_peft.cli.arguments import parse_train
+    from pgkd_peft.cli.bake import parse
+
+    notebook = nbformat.read(ROOT / "examples" / "bake_colab.ipynb", 4)
+    (line,) = [cell.source for cell in notebook.cells if cell.source.startswith("!pgkd bake ")]
+    args, flags = parse(line.format(MODEL="some/model", MINUTES="3").split()[2:])
+    assert args.document == ["text.md"]
+    assert args.minutes == 3
+    data, model, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
+    assert (model.model_name_or_path, config.output_dir) == ("some/model", "runs/baked")
