@@ -133,5 +133,5 @@ def test_the_bake_s_notebook_gives_flags_that_there_are():
     args, flags = parse(line.format(MODEL="some/model", MINUTES="3").split()[2:])
     assert args.document == ["text.md"]
     assert args.minutes == 3
-    data, model, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
+    _, model, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
     assert (model.model_name_or_path, config.output_dir) == ("some/model", "runs/baked")
