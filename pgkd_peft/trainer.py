@@ -436,14 +436,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         else:
             teacher.separate = self.teacher_model  # as accelerate has prepared it
         refuse_sharding(self.accelerator)
-        if args.disable_dropout:
-            zero_dropout(student)
-        check_model(student, tokenizer, writes=args.lmbda > 0 or (args.seq_kd and separate is None))
-        if separate is not None:
-            zero_dropout(separate)
-            check_model(separate, tokenizer, writes=args.seq_kd or args.teacher_takeover is not None)
-        if long_rope := warn_of_long_rope(base_of(student).config):
-            logger.warning(long_rope)
+        self._check_models(student, separate, tokenizer)
         self.teacher = teacher
         self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
         self.pad_id = tokenizer.pad_token_id
@@ -455,6 +448,18 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         self._engine: RolloutEngine | None = None
         self.start_run(collator, loaded, report)
         self._watch(loaded, report, remembered)
+
+    def _check_models(self, student: nn.Module, separate: nn.Module | None, tokenizer: Any) -> None:
+        """That they compute here what plain Transformers does, without dropout; refused by name where they do not."""
+        args = self.args
+        if args.disable_dropout:
+            zero_dropout(student)
+        check_model(student, tokenizer, writes=args.lmbda > 0 or (args.seq_kd and separate is None))
+        if separate is not None:
+            zero_dropout(separate)
+            check_model(separate, tokenizer, writes=args.seq_kd or args.teacher_takeover is not None)
+        if long_rope := warn_of_long_rope(base_of(student).config):
+            logger.warning(long_rope)
 
     def _watch(self, loaded: str, report: DataReport | None, remembered: str | None) -> None:
         """The callbacks of a step, and what is said before the first one."""

@@ -489,7 +489,7 @@ def test_settings_are_refused_before_a_model_is_loaded(train, no_model):
 
 def test_trackers_are_looked_for_before_a_model_is_loaded(train, no_model, monkeypatch):
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
-    train("--report_to", "wandb", words=["report_to", "wandb", "pip install wandb"])
+    train("--report_to", "wandb", words=["report_to", "wandb", 'pip install "pgkd-peft[wandb]"'])
 
 
 @pytest.mark.parametrize(

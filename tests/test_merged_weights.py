@@ -211,7 +211,7 @@ def test_broken_adapter_is_refused(tmp_path):
     key = next(k for k in weights if "lora_B" in k)
     weights[key][0, 0] = float("nan")
     save_file(weights, file)
-    with pytest.raises(ModelError, match="not finite"):
+    with pytest.raises(ModelError, match="NaN or infinite"):
         list(MergedWeights(read_run(adapter)).tensors())
 
 

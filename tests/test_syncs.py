@@ -133,7 +133,7 @@ def test_masks_that_nobody_reads_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_without_padding_come_without_a_mask(padded, monkeypatch):
-    """The fast kernels of attention take none, and nothing had to be read to know it."""
+    """The fast kernels of attention take none."""
     monkeypatch.setattr(rollout, "READ_EVERY", {"cpu": 8})
     masks = []
     original = AttentionInterface._global_mapping[rollout.MASK_UNREAD]
@@ -149,7 +149,8 @@ def test_rows_without_padding_come_without_a_mask(padded, monkeypatch):
     batch = pack([row.prompt for row in rows], rows, 0, torch.device("cpu"))
     with rollout.masks_unread(model), torch.no_grad(), HostReads() as reads:
         found = model(**batch)
-    assert reads.count == 0, reads.places
+    # Without a mask Transformers looks whether several texts stand in one row.
+    assert reads.count == (0 if padded else 1), reads.places
     assert masks
     assert all((mask is not None) == padded for mask in masks)
     for row, part in zip(rows, found.split([len(row.completion) for row in rows])):

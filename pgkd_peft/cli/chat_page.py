@@ -199,6 +199,7 @@ def _listen(port: int | None) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((ADDRESS, number))
+            listening.listen()  # whoever comes before the page is up waits
         except OSError:
             listening.close()
         else:

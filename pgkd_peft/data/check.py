@@ -103,9 +103,8 @@ def validate_rows(
     key = collator.builder.privileged_key
     columns = _column_names(rows)
     if isinstance(rows, Dataset):
-        rows = rows.select_columns(
-            [name for name in (*COLUMNS, *LEGACY_COLUMNS, key) if name in columns] or columns[:1]
-        )
+        used = [name for name in (*COLUMNS, *LEGACY_COLUMNS, key) if name in columns]
+        rows = rows.select_columns(used or columns[:1])
     faults: dict[int, str] = {}
     kept: list[int] = []
     skipped: list[int] = []

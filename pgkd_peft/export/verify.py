@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from ..compare import Reading, compare, read_as, token_nll
 from ..data.collator import stop_ids
@@ -346,7 +345,7 @@ def use_float32_arithmetic(model: nn.Module) -> None:
 def _wide_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     bias = module.bias.float() if module.bias is not None else None
     weight = held_weight(module)
-    return F.linear(x.float(), weight.T if isinstance(module, Conv1D) else weight, bias)
+    return F.linear(x.float(), weight, bias)
 
 
 def held_weight(module: nn.Module) -> torch.Tensor:
