@@ -346,7 +346,7 @@ def pictures(run: Path) -> None:
             text = re.sub(r"([\u2800-\u28ff])", r'<i class="dots"><b>\1</b></i>', text)  # few fonts have them narrow
             page = Path(folder) / f"{name}.html"
             page.write_text(text, encoding="utf-8")
-            lines = text.split("<pre>")[1].split(" all rows ")[0].count("\n")
+            lines = text.split("<pre>")[1].split("╭─ all rows ")[0].rstrip("\n").count("\n")
             photograph(page, PICTURES / f"{name}.png", 20 + round(lines * 17 * 1.17))
         photograph(write_report(run, Path(folder) / "report.html"), PICTURES / "report.png", 935)
 

@@ -143,7 +143,8 @@ class LiveView(Watch):
         self._live = Live(
             get_renderable=self.render, console=self.console, refresh_per_second=2, vertical_overflow="crop"
         )
-        self._live.start()
+        # Drawn here first: a print that met the first draw of Rich's own thread would both start on one line.
+        self._live.start(refresh=True)
         atexit.register(self.stop)
         for logger in [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]:
             for handler in logger.handlers:
