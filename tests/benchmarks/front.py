@@ -112,10 +112,14 @@ def train(folder: Path, recipe: str, told: Mapping[str, Any], seed: int) -> Path
     flags = ["--config", str(config), "--output_dir", str(folder), "--seed", str(seed)]
     flags.append("--resume" if list(own.glob("checkpoint-*/manifest.json")) else "--overwrite")
     print("$ pgkd train", *flags, flush=True)
-    done = subprocess.run([sys.executable, "-m", "pgkd_peft", "train", *flags], check=False)
-    if done.returncode:
-        sys.exit(f"`pgkd train` ended with exit code {done.returncode}; run this again to go on from here")
+    if code := pgkd("train", *flags):
+        sys.exit(f"`pgkd train` ended with exit code {code}; run this again to go on from here")
     return own
+
+
+def pgkd(*argv: str) -> int:
+    """A command in a process of its own; its exit code."""
+    return subprocess.run([sys.executable, "-m", "pgkd_peft", *argv], check=False).returncode
 
 
 class Judge:
