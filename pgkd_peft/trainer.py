@@ -397,9 +397,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             check_same_vocabulary(student, separate, tokenizer, teacher_tokenizer(teacher_model, args))
         for each in (student, separate) if separate is not None else (student,):
             add_hidden_states_forward(base_of(each))
-        if args.gradient_checkpointing and not base_of(student).supports_gradient_checkpointing:
-            args.gradient_checkpointing = args.activation_checkpointing = False  # the old name and the new
-            loaded += f"; {type(base_of(student)).__name__} offers no gradient checkpointing, which is off"
+        loaded += _without_checkpointing(base_of(student), args)
         teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
         self.head = Head(student)
         self.teacher_head = self.head if separate is None else Head(separate)
@@ -601,6 +599,14 @@ def _as_messages(train: Any, evaluation: Any, collator: Any, args: PrivilegedGKD
         return train, evaluation
     key = args.privileged_key
     return messages_of(train, "train_dataset", key), messages_of(evaluation, "eval_dataset", key)
+
+
+def _without_checkpointing(base: PreTrainedModel, args: PrivilegedGKDConfig) -> str:
+    """Switch gradient checkpointing off for a model that has none; returns what to say of it."""
+    if not args.gradient_checkpointing or base.supports_gradient_checkpointing:
+        return ""
+    args.gradient_checkpointing = args.activation_checkpointing = False  # the old name and the new
+    return f"; {type(base).__name__} offers no gradient checkpointing, which is off"
 
 
 def _all_checked(eval_dataset: Any, collator: Any, args: PrivilegedGKDConfig) -> Any:

@@ -136,6 +136,8 @@ def _why_not(name: str, module: nn.Module, parents: dict[str, nn.Module], model_
         return "experts (one LoRA each would be too many parameters)"
     if "altup" in parts:
         return "altup (it does not train)"
+    if any(part.endswith("_adapter_list") for part in parts):
+        return "adapters of the shared blocks (of each list a layer uses one)"
     mamba_block = "Mamba" in type(owner).__name__ and parts[-1] in ("out_proj", "dt_proj", "x_proj")
     if mamba_block or (model_type in _MAMBA_TYPES and parts[-1] == "out_proj"):
         return "out_proj, dt_proj and x_proj of Mamba blocks (the fused kernel bypasses their LoRA)"
