@@ -158,7 +158,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, llama_path, capsy
         code = cli.main([*words, *short.get(words[0], [])])
         assert code == 0, capsys.readouterr().err
         ran.append(words[0])
-    assert ran == ["inspect", "train", "eval", "merge", "report", "runs"]
+    assert ran == ["inspect", "train", "eval", "merge", "report", "runs", "report"]
     assert (tmp_path / "runs" / "mine-merged" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert "recovered gap" in capsys.readouterr().out
