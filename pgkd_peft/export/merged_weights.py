@@ -215,13 +215,15 @@ def _phantom_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrai
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                module._parameters[name] = phantoms.setdefault(id(parameter), nn.Parameter(zero, requires_grad=False))
+                phantom = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
+                phantom.is_phantom = True  # type: ignore[attr-defined] - a copy that PEFT makes has it no more
+                module._parameters[name] = phantoms.setdefault(id(parameter), phantom)
     return model.eval()
 
 
-def _is_phantom(tensor: torch.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+def _is_phantom(parameter: nn.Parameter) -> bool:
+    """Not by the memory that it takes: a parameter of one number takes as much as a real one."""
+    return getattr(parameter, "is_phantom", False)
 
 
 def _quantized_modules(config: PreTrainedConfig, run: AdapterRun, trust_remote_code: bool) -> set[str]:
