@@ -216,7 +216,7 @@ def _phantom_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrai
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 phantom = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
-                phantom.is_phantom = True  # type: ignore[attr-defined] - a copy that PEFT makes has it no more
+                phantom.is_phantom = True  # type: ignore[attr-defined]  # a copy that PEFT makes has it no more
                 module._parameters[name] = phantoms.setdefault(id(parameter), phantom)
     return model.eval()
 
