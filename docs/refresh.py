@@ -219,7 +219,8 @@ def _architecture(line: dict) -> str:
     """One row: what is right, what is not offered, what is refused and why."""
     checks, remarks = line["checks"], []
     if line["result"] == "refused":
-        remarks.append(checks["start"].removeprefix("refused: "))
+        said = checks["start"].removeprefix("refused: ")
+        remarks.append(re.split(r" Teacher and student|\. Take a", said)[0].rstrip("."))
     if checks.get("start nf4", "ok") != "ok":
         remarks.append(f"NF4 {checks['start nf4']}")
     if line.get("own prompts"):

@@ -106,6 +106,7 @@ TESTED = frozenset(
         "zamba2",
     ]
 )
+ADVICE = "Take a model of a type that docs/architectures.md lists; where rollouts alone fail, train with lmbda=0."
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "One, two, three: what comes next in this row of numbers?")
 # Mean KL in nats that rounding may explain: of float32, and of 16 bits with or without 4-bit weights.
 TOLERANCE = {torch.float32: 1e-4}
@@ -136,7 +137,8 @@ def check_model(
     limit = min(base.get_input_embeddings().weight.shape[0], len(tokenizer))
     if any(not row.kept or max(row.teacher_prompt + row.completion) >= limit for row in rows):
         return  # a tokenizer that knows no Latin letters; ids beyond the embedding are refused row by row
-    with explained(f"{type(base).__name__} (model_type {base.config.model_type!r}) cannot be trained here"):
+    what = f"{type(base).__name__} (model_type {base.config.model_type!r}) cannot be trained here"
+    with explained(what, advice=ADVICE):
         plain = _check_head(model, rows, tokenizer.pad_token_id)
         if base.config.model_type not in TESTED or always:
             _check_rows(model, rows, plain, tokenizer.pad_token_id)
@@ -247,7 +249,7 @@ def _compare(
         raise ModelError(
             f"{type(base).__name__} (model_type {kind!r}) cannot be trained here: {fault}. On two short rows its "
             f"distributions are {kl:.2g} nats from one plain forward a row; rounding explains {tolerance:g}. Teacher "
-            "and student would be compared on wrong numbers."
+            f"and student would be compared on wrong numbers. {ADVICE}"
         )
 
 

@@ -174,6 +174,8 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "kimi_linear": {
         **DENSE_FIRST,
         **MLA,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
         "num_hidden_layers": 4,
         "layer_types": ["linear_attention", "full_attention"] * 2,
     },
