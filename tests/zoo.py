@@ -278,7 +278,7 @@ def zoo_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
         for key, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "A_log" not in key:
                 parameter.mul_(4.0)
-            if key.endswith("correct_output_scale"):
+            if key.endswith(("correct_output_scale", "self_attn.A")):
                 parameter.fill_(1.0)  # zero at first, which keeps what stands before it from training
     return model.eval()
 
