@@ -271,6 +271,10 @@ class PrivilegedGKDConfig(GKDConfig):
         default = next(_default_of(f) for f in fields(self) if f.name == name)
         return bool(getattr(self, name) == self.automatic.get(name, (default,))[0])
 
+    def without_checkpointing(self) -> None:
+        """Switch gradient checkpointing off, by the name that Transformers reads and by its older one."""
+        self.gradient_checkpointing = self.activation_checkpointing = False
+
     def choose(self, name: str, value: Any, reason: str) -> None:
         """Set a field that nobody gave, and remember why."""
         setattr(self, name, value)

@@ -605,7 +605,7 @@ def _without_checkpointing(base: PreTrainedModel, args: PrivilegedGKDConfig) -> 
     """Switch gradient checkpointing off for a model that has none; returns what to say of it."""
     if not args.gradient_checkpointing or base.supports_gradient_checkpointing:
         return ""
-    args.gradient_checkpointing = args.activation_checkpointing = False  # the old name and the new
+    args.without_checkpointing()
     return f"; {type(base).__name__} offers no gradient checkpointing, which is off"
 
 

@@ -171,15 +171,16 @@ class BaseWriter:
     def common(self, count: int, path: tuple[int, ...]) -> list[str]:
         """Questions in the form of those about passages, on what everybody knows: there the model is led astray first,
         when it learns to answer such questions from what it is taught."""
+
+        def wish(opening: str) -> dict[str, str]:
+            text = f"Write one question about something that everybody knows. Begin with {opening}."
+            return {"role": "user", "content": text}
+
         turns = []
-        for start, question in COMMON_EXAMPLES:
-            wish = f"Write one question about something that everybody knows. Begin with {start}."
-            turns += [{"role": "user", "content": wish}, {"role": "assistant", "content": question}]
+        for opening, question in COMMON_EXAMPLES:
+            turns += [wish(opening), {"role": "assistant", "content": question}]
         openings = [opening for _, opening in rounds(count)]
-        prompts = []
-        for opening in openings:
-            wish = f"Write one question about something that everybody knows. Begin with {opening}."
-            prompts.append([*self.encode([*turns, {"role": "user", "content": wish}]), *self._continued(opening)])
+        prompts = [[*self.encode([*turns, wish(opening)]), *self._continued(opening)] for opening in openings]
         written = self.write(prompts, path, most=20, temperature=1.0)
         asked = (tidy(f"{opening} {text}") for opening, (text, _) in zip(openings, written))
         return [question for question in asked if question]
@@ -193,8 +194,8 @@ class BaseWriter:
                 turns += [{"role": "assistant", "content": example}, {"role": "user", "content": "Another one."}]
             opening = self.encode(turns)
         written = self.write([opening] * count, path, most=40, temperature=1.0)
-        requests = (text.splitlines()[0].strip() if text else "" for text, ended in written if ended)
-        return [request for request in requests if 3 <= len(request.split()) <= 40 and request.isprintable()]
+        requests = (tidy_request(text) for text, ended in written if ended)
+        return [request for request in requests if request]
 
     def user_opening(self) -> list[int] | None:
         """The prompt up to where a user's words begin; None where the template hides it."""
@@ -316,5 +317,6 @@ def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...
 
 
 def tidy_request(text: str) -> str:
+    """The first line, "" where it is no request of three to forty words."""
     line = text.strip().splitlines()[0].strip() if text.strip() else ""
     return line if 3 <= len(line.split()) <= 40 and line.isprintable() else ""

@@ -100,21 +100,18 @@ class Keeper:
         A small teacher left to itself rambles; a question on a document whose answer is no use is asked once more for
         one short sentence.
         """
-        answers, faults = self._answer(questions)
+        encoded, answers, faults = self._answer(questions)
         again = [i for i, question in enumerate(questions) if faults[i] and self._may_be_short(question)]
         if again:
             for i in again:
                 questions[i].system = SHORT
-            for i, ids, fault in zip(again, *self._answer([questions[i] for i in again])):
-                answers[i], faults[i] = ids, fault
+            for i, row, ids, fault in zip(again, *self._answer([questions[i] for i in again])):
+                encoded[i], answers[i], faults[i] = row, ids, fault
         # Read twice is only what may be trained on.
         read = [i for i, question in enumerate(questions) if question.passage is not None and not faults[i]]
-        encoded = [self.collator.encode(self.row(questions[i], with_answer=False)) for i in read]
         chosen, pad = [answers[i] for i in read], self.collator.pad_token_id
-        told = answer_nll(self.model, [row["teacher_ids"] for row in encoded], chosen, pad)
-        untold = answer_nll(self.model, [row["student_ids"] for row in encoded], chosen, pad)
-        for question in questions:
-            question.gap = question.unsure = None
+        told = answer_nll(self.model, [encoded[i]["teacher_ids"] for i in read], chosen, pad)
+        untold = answer_nll(self.model, [encoded[i]["student_ids"] for i in read], chosen, pad)
         for i, with_privileged, without in zip(read, told, untold):
             questions[i].gap = round(float(without - with_privileged), 3)
             questions[i].unsure = round(float(with_privileged / len(answers[i])), 3)
@@ -125,17 +122,18 @@ class Keeper:
         is_ours = question.passage is not None and question.kind != "own"
         return self.can_shorten and is_ours and question.system != SHORT
 
-    def _answer(self, questions: Sequence[Question]) -> tuple[list[list[int]], list[str]]:
-        """Answer as teacher (anchors: as base), in place; the answers' ids and what is wrong with them."""
+    def _answer(self, questions: Sequence[Question]) -> tuple[list[dict[str, Any]], list[list[int]], list[str]]:
+        """Answer as teacher (anchors: as base), in place; encoded rows, answers' ids, and what is wrong with them."""
         for question in questions:
-            question.answer = ""
-        prompts = [self.collator.encode(self.row(question))["teacher_ids"] for question in questions]
-        pad = self.collator.pad_token_id
+            question.answer, question.gap, question.unsure = "", None, None
+        encoded = [self.collator.encode(self.row(question)) for question in questions]
+        prompts, pad = [row["teacher_ids"] for row in encoded], self.collator.pad_token_id
         answers = generate(self.model, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.stops, pad_id=pad)
         for question, ids in zip(questions, answers):
             question.asked = self.digest(question)
             question.answer = self.collator.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return answers, [self._fault(question, ids[-1] in self.stops) for question, ids in zip(questions, answers)]
+        faults = [self._fault(question, ids[-1] in self.stops) for question, ids in zip(questions, answers)]
+        return encoded, answers, faults
 
     def decide(self, question: Question, fault: str = "") -> None:
         """Set ``use`` and ``why``; what the user has set stays, as long as it can be trained.

@@ -105,6 +105,7 @@ class Asking:
         # Where no system turn can tell them apart, anchors would unteach what the requests teach.
         told_apart = not plan.is_prompt or self.systems != (None,)
         self.anchor_calls = -(-plan.anchors // ANCHORS_A_CALL) if told_apart else 0
+        self.rounds = ask.rounds(plan.questions * len(self.wanted), first=plan.first_round)  # for any one of them
         self.tried: Counter[int] = Counter()  # passage -> questions asked for
 
     def run(self, questions: list[Question]) -> list[Question]:
@@ -164,14 +165,13 @@ class Asking:
         """Each goes to the passage with the fewest kept questions; what was tried in vain counts a little too."""
         kept = Counter(q.passage for q in questions if q.use in ("train", "heldout"))
         tried = self.tried.copy()
-        rounds = ask.rounds(self.plan.questions * len(self.wanted), first=self.plan.first_round)
         heap = [(kept[p.number] + tried[p.number] / 8, p.number) for p in self.wanted]
         heapq.heapify(heap)
         by_number = {p.number: p for p in self.wanted}
         tasks = []
         for _ in range(count):
             score, number = heap[0]
-            kind, opening = rounds[tried[number] % len(rounds)]
+            kind, opening = self.rounds[tried[number]]
             tasks.append(Task(by_number[number], kind, opening))
             tried[number] += 1
             heapq.heapreplace(heap, (score + 0.5, number))  # about every third is kept

@@ -58,11 +58,15 @@ def train_and_judge(
     flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
     given = {flag[2:].split("=")[0] for flag in train_flags if flag.startswith("--")}
+    _, model_args, config = parse_train(flags, prog="pgkd bake")
     if "learning_rate" not in given:
-        flags += ["--learning_rate", str(learning_rate(flags))]
+        rate = learning_rate(str(model_args.model_name_or_path), trust_remote_code=config.trust_remote_code)
+        flags += ["--learning_rate", str(rate)]
     if not given & {"max_steps", "num_train_epochs"}:
         if "max_steps" not in state:
-            state["max_steps"] = steps_that_fit(flags, folder, len(train_rows), budget, console)
+            window = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            wanted = max(LEAST_STEPS, round(EPOCHS * len(train_rows) / window))
+            state["max_steps"] = steps_that_fit(flags, folder, wanted, budget, console)
             write_json(folder / BAKE_FILE, state)
         flags += ["--max_steps", str(state["max_steps"])]
     if checkpoints(folder) and not any(flag in given for flag in ("resume", "overwrite")):
@@ -107,31 +111,26 @@ def deadline(budget: pipeline.Budget, console: Any) -> Any:
     return Deadline()
 
 
-def learning_rate(flags: list[str]) -> float:
+def learning_rate(name: str, *, trust_remote_code: bool) -> float:
     """The rule for a LoRA of this width (:func:`~pgkd_peft.model.rates.lora_learning_rate`), as the peak of a fall."""
     from transformers import AutoConfig
 
     from ..model.rates import lora_learning_rate
 
-    _, model_args, config = parse_train(flags, prog="pgkd bake")
-    name = str(model_args.model_name_or_path)
     if (Path(name) / ADAPTER_CONFIG).is_file():
         name = str(read_json(Path(name) / ADAPTER_CONFIG)["base_model_name_or_path"])
-    width = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config().hidden_size
+    width = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config().hidden_size
     return float(f"{RATE_FACTOR * lora_learning_rate(width):.3g}")
 
 
-def steps_that_fit(flags: list[str], folder: Path, rows: int, budget: pipeline.Budget, console: Any) -> int:
-    """Enough steps for the rows; under ``--minutes`` as many as a measured step leaves time for."""
+def steps_that_fit(flags: list[str], folder: Path, wanted: int, budget: pipeline.Budget, console: Any) -> int:
+    """As many steps as are wanted; under ``--minutes`` as many of them as a measured step leaves time for."""
+    if budget.seconds is None:
+        return wanted
     from transformers import TrainerCallback
 
     from .train import run_training
 
-    data, model_args, config = parse_train(flags, prog="pgkd bake")
-    window = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    wanted = max(LEAST_STEPS, round(EPOCHS * rows / window))
-    if budget.seconds is None:
-        return wanted
     probe = folder / ".probe"
     quick = ["--output_dir", str(probe), "--max_steps", "6", "--save_strategy", "no", "--overwrite", "true"]
     quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0"]

@@ -12,16 +12,12 @@ from ..errors import ConfigError, explained
 from ..run.card import (
     DEMO_NOTE,
     base_id,
-    front_matter,
     introduction,
     is_demo,
-    is_hub_id,
     use_section,
     without_local_paths,
 )
 from .adapter import AdapterRun
-
-__all__ = ["adapter_card", "front_matter", "hub_id", "is_hub_id", "number", "push", "table", "without_local_paths"]
 
 
 def hub_id(run: AdapterRun) -> str | None:

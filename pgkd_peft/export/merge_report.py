@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..run.card import front_matter, without_local_paths
 from .adapter import AdapterRun
-from .card import front_matter, hub_id, number, table, training_section, without_local_paths
+from .card import hub_id, number, table, training_section
 
 
 @dataclass

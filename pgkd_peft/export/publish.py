@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GgufConfig
 
 from ..errors import ConfigError, ModelError
+from ..run.card import is_hub_id
 from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, CARD_FILE, TOKENIZER_FILE
 from ..run.place import check_writable, make_readable
 from . import card as publish
@@ -152,7 +153,7 @@ def _check_asked(
     ):
         if value not in accepted:
             raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
-    if base_id is not None and not publish.is_hub_id(base_id):
+    if base_id is not None and not is_hub_id(base_id):
         raise ConfigError(f"--base-id is {base_id!r}, which is no Hub id; give ORG/NAME.")
     if format != "peft" and target.suffix != ".gguf":
         raise ConfigError(f"--out {out} must end in .gguf for --format {format}: it is a file")
