@@ -8,6 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pgkd_peft import PrivilegedGKDConfig
 from pgkd_peft.model import cpu as attention
+from pgkd_peft.model.caches import ReadOnlyLayer
 from pgkd_peft.model.cpu import CPU_ATTENTION, use_short_backward
 from pgkd_peft.model.student import load_quantized
 
@@ -103,6 +104,45 @@ def test_all_else_is_left_to_sdpa(change, monkeypatch):
     assert attention.attention(Layer(), query, key, value, None, **kwargs) == 1
     for name, v in kwargs.items():
         assert seen[0][1][name] is v
+
+
+def begun_alike(dtype, length=40, queries=7):
+    """Inputs as :func:`inputs`, of which the first `length` keys are one beginning; and a mask, (2, 1, T, P + T)."""
+    query, key, value, _ = inputs(dtype, queries, queries)
+    _, beginning, beginning_values, _ = inputs(dtype, queries, length, seed=1)
+    layer = ReadOnlyLayer([(beginning[:1], beginning_values[:1])], [0, 0], length)
+    mask = padded(queries, queries)
+    mask = torch.cat([torch.ones(2, 1, queries, length, dtype=torch.bool), mask], -1)
+    return (query, *layer.update(key, value)), mask
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_a_beginning_that_rows_share_is_looked_at_once(dtype, off, added, monkeypatch):
+    (query, key, value), mask = begun_alike(dtype)
+    given = torch.zeros(mask.shape).masked_fill(~mask, -1e9).to(dtype) if added else mask
+    truth, _ = sdpa_attention_forward(Layer(), query.double(), key.double(), value.double(), mask)
+    monkeypatch.setattr(attention, "MOST_SCORES", 100)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)
+    found, _ = attention.attention(Layer(), query, key, value, given)
+    assert found.dtype == dtype
+    assert (found - truth).norm() <= off * truth.norm()
+
+
+@pytest.mark.parametrize(
+    "case", ["a row does not see all of it", "numbers are added", "a gradient is wanted", "copied"]
+)
+def test_a_beginning_that_is_not_seen_alike_is_left_to_sdpa(case, monkeypatch):
+    (query, key, value), mask = begun_alike(torch.float32)
+    if case == "a row does not see all of it":
+        mask[1, :, :, 3] = False
+    if case == "numbers are added":
+        mask = torch.linspace(-1, 0, mask.shape[-1]).expand(mask.shape)
+    query.requires_grad_(case == "a gradient is wanted")
+    key = key + 0 if case == "copied" else key
+    monkeypatch.setattr(attention, "MOST_SCORES", 100)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **kwargs: 1)
+    assert attention.attention(Layer(), query, key, value, mask) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])  # (Gemma 2 has softcapping, hence eager attention)

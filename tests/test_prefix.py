@@ -14,6 +14,7 @@ from tiny import ROWS, VOCAB, tiny_model
 import pgkd_peft.prefix as prefix_module
 import pgkd_peft.scoring as scoring
 from pgkd_peft.errors import ConfigError, ModelError
+from pgkd_peft.model import cpu
 from pgkd_peft.model.caches import why_not_shared
 from pgkd_peft.prefix import SHORTEST, Prefixes, TeacherMemory, share_read_once
 from pgkd_peft.rollout import generate
@@ -312,6 +313,21 @@ def test_the_plan_against_a_plain_search():
     assert plan.find(ids(50, 999)) is None
     assert share_read_once([[*SYSTEM, 7, 8, 9]] * 4) == pytest.approx(3 * 63 / (4 * 64))
     assert share_read_once([ids(60, i) for i in range(5)]) == 0.0
+
+
+def test_on_a_cpu_rows_look_at_a_long_beginning_once(monkeypatch):
+    model, rows = build("llama"), some_rows()[:4]
+    score_teacher(model, rows, 0)
+    before = [row.teacher_hidden for row in rows]
+    looked = []
+    once = cpu.after_beginning
+    monkeypatch.setattr(cpu, "after_beginning", lambda *args: looked.append(len(args[0])) or once(*args))
+    monkeypatch.setattr(cpu, "MOST_SCORES", 100)
+    cpu.use_short_backward(model, torch.device("cpu"))
+    score_teacher(model, rows, 0)
+    assert max(looked) > 1
+    for row, hidden in zip(rows, before):
+        torch.testing.assert_close(row.teacher_hidden, hidden, rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_too_small_keeps_less_and_computes_the_same(caplog):

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from .cpu import SHARED_BEGINNING
 from .load import base_of
 
 # Layers that can be cut, joined and put back together from their tensors.
@@ -181,6 +182,8 @@ class ReadOnlyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = (self._before(which, new) for which, new in enumerate((key_states, value_states)))
+        if len(self.parts) == 1:
+            setattr(keys, SHARED_BEGINNING, self.parts[0])
         return keys, values
 
     def _before(self, which: int, new: Tensor) -> Tensor:
