@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from vllm_server import PYTHON, RealVLLM
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
+from pgkd_peft.cli.main import main as cli
 from pgkd_peft.data.named import load_named
 from pgkd_peft.engines.merged import RolloutEngine
 from pgkd_peft.engines.proof import RolloutMismatchError
@@ -243,3 +244,17 @@ def test_speed_beside_our_own_engines(trained):
                     )
             seconds[name] = sum(map(len, made)) / (time.perf_counter() - start)
         record(what="tokens/s", prompts=count, **{name: round(value, 1) for name, value in seconds.items()})
+
+
+def test_a_bake_whose_questions_a_real_server_writes(base, server, tmp_path):
+    """Here the same small model; a larger one is what `--writer_url` is for."""
+    out = tmp_path / "run"
+    facts = Path(__file__).parents[1] / "examples/bake/facts.md"
+    flags = ["--model_name_or_path", base, "--document", str(facts), "--output_dir", str(out), "--questions", "6"]
+    flags += ["--anchors", "48", "--dry_run", "true", "--writer_url", f"{server.url}/v1", "--writer_model", base]
+    assert cli(["bake", *flags]) == 0
+    found = [json.loads(line) for line in (out / "questions.jsonl").read_text("utf-8").splitlines()]
+    written = [each for each in found if each["passage"] is not None]
+    kept = [each for each in written if each["use"] in ("train", "heldout")]
+    assert len({each["passage"] for each in kept}) > 5
+    record(what="questions of a bake", written=len(written), kept=len(kept), examples=[q["question"] for q in kept[:3]])
