@@ -178,6 +178,55 @@ def step_table() -> str:
     return table(["", *STEP_COLUMNS], rows)
 
 
+ONCE = {
+    "pgkd": "pgkd-peft",
+    "pgkd-no-cache": "pgkd-peft, reading everything each time",
+    "sdft": "TRL SDFTTrainer",
+    "floor": "the bare matrix products of a step",
+}
+
+
+def read_once(trainer: str, *, epochs: int) -> dict[int, dict[str, Any]]:
+    """The last bf16 run of batch 8 with a shared PI, by its words; with several epochs, of rows with their own (0)."""
+    return {
+        line["shared"]: line
+        for line in lines("step.jsonl")
+        if (line["trainer"], line["quantization"], line["batch"], line.get("epochs", 1)) == (trainer, "none", 8, epochs)
+        and (line["device"], line["model"]) == ("cpu", "smollm2-135m")
+        and bool(line.get("shared")) == (epochs == 1)
+        and "seconds" in line
+    }
+
+
+def shared_table() -> str:
+    """One PI for all rows, by its length."""
+    runs = {trainer: read_once(trainer, epochs=1) for trainer in ONCE}
+    lengths = sorted({words for found in runs.values() for words in found})
+
+    def cell(trainer: str, words: int) -> str:
+        if words not in runs[trainer]:
+            return ""
+        line = runs[trainer][words]
+        memory = "" if trainer == "floor" else f", {line['peak_mib'] / 1024:.1f} GiB"
+        return f"{line['seconds']:.1f} s{memory}"
+
+    rows = ([what, *(cell(name, words) for words in lengths)] for name, what in ONCE.items())
+    return table(["", *(f"PI of {words:,} words" for words in lengths)], rows)
+
+
+def epochs_table() -> str:
+    """A PI of its own for each row, epoch by epoch."""
+    rows = []
+    for name, what in ONCE.items():
+        for line in read_once(name, epochs=3).values():
+            teacher = line.get("teacher_seconds_by_epoch", [])
+            cells = [f"{seconds:.1f} s" for seconds in line["seconds_by_epoch"]]
+            cells = [f"{cell} ({its:.1f} s)" for cell, its in zip(cells, teacher)] or cells
+            rows.append([what, *cells, f"{line['peak_mib'] / 1024:.1f} GiB"])
+    head = ["a step (teacher's seconds in the epoch)", "first epoch", "second", "third", "peak memory"]
+    return table(head, rows)
+
+
 METHODS = {
     "ours": "pgkd-peft",
     "liger": "Liger's chunked JSD, compiled",
@@ -313,6 +362,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "facts controls": facts_controls,
     "siqa controls": siqa_controls,
     "steps": step_table,
+    "shared": shared_table,
+    "epochs": epochs_table,
     "divergence": divergence_table,
     "export": export_table,
     "front": front_table,
