@@ -22,7 +22,7 @@ from pgkd_peft.bake import ask, coverage, pipeline, read
 from pgkd_peft.bake.keep import SYSTEMS, Keeper, systems_of
 from pgkd_peft.bake.questions import Question, read_questions
 from pgkd_peft.bake.server import ServerWriter, WriterError
-from pgkd_peft.bake.split import Passage, rules, split_documents
+from pgkd_peft.bake.split import Passage, asked_in, rules, split_documents
 from pgkd_peft.errors import DataError
 
 DOCUMENT = """# Harbour
@@ -70,6 +70,55 @@ def test_a_lead_in_joins_what_it_introduces():
     (passage,) = split_documents([("a.md", "The rules of the house are:\n\n- No smoking after nine o'clock.")])
     assert passage.text.startswith("The rules")
     assert "smoking" in passage.text
+
+
+FAQ = """Questions about the ferry
+=========================
+
+Q. I am late. Does the ferry wait?
+
+A. No. It leaves at nine.
+
+The next one leaves at noon.
+
+**Q: What does a bicycle cost?**
+
+A: Two crowns.
+
+Q: Who pays for my children?
+A: They travel free.
+
+Prices
+------
+
+### Who sells the tickets here?
+
+Ask Berta.
+"""
+
+
+def test_questions_of_a_document_stand_above_their_answers_and_are_asked():
+    passages = split_documents([("faq.txt", FAQ)])
+    title, late = "Questions about the ferry", "Q. I am late. Does the ferry wait?"
+    assert [(p.headings, p.text) for p in passages] == [
+        ((title, late), "A. No. It leaves at nine."),
+        ((title, late), "The next one leaves at noon."),
+        ((title, "**Q: What does a bicycle cost?**"), "A: Two crowns."),
+        ((title,), "Q: Who pays for my children?\nA: They travel free."),
+        ((title, "Prices", "Who sells the tickets here?"), "Ask Berta."),
+    ]
+    found = [(question, passage.number) for question, passage in asked_in(passages)]
+    assert found == [
+        ("I am late. Does the ferry wait?", 0),
+        ("What does a bicycle cost?", 2),
+        ("Who pays for my children?", 3),
+        ("Who sells the tickets here?", 4),
+    ]
+
+
+def test_a_question_that_nothing_follows_is_kept_as_text():
+    passages = split_documents([("a.md", "The tower is red.\n\nWho built it all?\n\n# Next\n\nIt is blue and tall.")])
+    assert [p.text for p in passages] == ["The tower is red.", "Who built it all?", "It is blue and tall."]
 
 
 def test_a_prompt_is_split_into_its_rules():

@@ -238,7 +238,7 @@ def subject(passage: Passage) -> str:
 
 
 def subjects(passage: Passage) -> list[str]:
-    """Names of the passage in order, else its last heading, else nothing."""
+    """Names of the passage in order, else its last heading that is no question, else nothing."""
     known = names(passage.privileged)
     found = []
     for run in _CAPITALISED.findall(passage.text):
@@ -247,7 +247,7 @@ def subjects(passage: Passage) -> list[str]:
             del words[0]
         if words:
             found.append(" ".join(words))
-    return list(dict.fromkeys(found)) or list(passage.headings[-1:])
+    return list(dict.fromkeys(found)) or [title for title in passage.headings if not title.endswith("?")][-1:]
 
 
 def named(question: str, passage: Passage) -> str:

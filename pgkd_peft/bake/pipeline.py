@@ -22,7 +22,7 @@ from . import ask
 from .ask import BaseWriter, Task, Writer
 from .keep import SYSTEMS, Keeper, systems_of
 from .questions import Question, read_questions, write_questions
-from .split import Passage
+from .split import Passage, asked_in
 
 ROWS_A_CALL = 128
 ANCHORS_A_CALL = 48
@@ -117,7 +117,7 @@ class Asking:
         done = self._done()
         taken = max((q.call for q in questions), default=-2)  # the newest call that stands in questions.jsonl
         if not questions:
-            questions = self._sifted(self._own(), [])
+            questions = self._sifted([*self._own(), *self._found()], [])
             taken = -1
         questions = judge(self.folder, questions, self.keeper)
         seconds, number = 0.0, 0
@@ -185,6 +185,13 @@ class Asking:
             if self.plan.is_prompt or ask.is_about(request, passage)
         ]
 
+    def _found(self) -> list[Question]:
+        """Those that the document itself asks."""
+        return [
+            Question(question=question, passage=passage.number, kind="of the text")
+            for question, passage in asked_in([] if self.plan.is_prompt or not self.plan.questions else self.wanted)
+        ]
+
     def _sifted(self, new: Sequence[Question], earlier: Sequence[Question]) -> list[Question]:
         return sift(new, self.passages, earlier, self.systems, is_prompt=self.plan.is_prompt)
 
@@ -243,7 +250,7 @@ def sift(
         if question.system is None and not (is_prompt and question.passage is not None):
             choices = [system for system in systems if system is not None or not is_prompt]
             question.system = choices[i % len(choices)]
-        if fault and question.kind != "own":
+        if fault and question.kind not in ("own", "of the text"):
             question.use, question.why = "dropped", fault
     return list(questions)
 

@@ -22,7 +22,8 @@ class Question:
     Attributes:
         question: what the user says.
         passage: number of the passage that it is about; None for an anchor, which has no PI.
-        kind: of question, see :data:`pgkd_peft.bake.ask.KINDS`; "own" for the user's, "everyday" and "common" for what
+        kind: of question, see :data:`pgkd_peft.bake.ask.KINDS`; "own" for the user's, "of the text" for those that the
+            document asks, "everyday" and "common" for what
             the model asks when it is told nothing.
         system: a system turn that teacher and student both read; None for the template's own.
         use: train, heldout, anchor or dropped; empty until it was judged.

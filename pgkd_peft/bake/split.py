@@ -11,7 +11,9 @@ MOST_WORDS = 60
 LEAST_WORDS = 4
 
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*\s*$")
+_UNDERLINE = re.compile(r"^(=|-)\1+\s*$")  # of the line above it, which is then a heading
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[^\W\d_a-z])")
+_LABELLED = re.compile(r"(?:^|\s)\W*(?:Q|Question)\s?\d*\s?[.:)]\W*\s(.*?\?)(?=\W*(?:\s|$))", re.IGNORECASE)
 _FENCE = re.compile(r"^\s*(```|~~~)")
 
 
@@ -53,32 +55,49 @@ def split_documents(documents: Sequence[tuple[str, str]], *, most_words: int = M
 
 
 def _paragraphs(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Blocks between blank lines, with their headings; a fenced block stays whole, short blocks join the next one."""
+    """Blocks between blank lines, with their headings. A fenced block stays whole; a short block, and one that ends in
+    a colon, joins the next; one that ends in a question mark stands above what follows, as a heading does."""
     headings: list[tuple[int, str]] = []
+    asked, answered = "", False
     block: list[str] = []
     fenced = False
-
-    def path() -> tuple[str, ...]:
-        return tuple(title for _, title in headings)
-
+    single, blank = False, True  # the line before is the first of its block; it is blank
     for line in [*text.splitlines(), ""]:
         if _FENCE.match(line):
             fenced = not fenced
         heading = None if fenced else _HEADING.match(line)
-        if not fenced and (heading or not line.strip()):
+        depth, title = (len(heading[1]), heading[2]) if heading else (0, "")
+        if not fenced and single and (under := _UNDERLINE.match(line)):
+            depth, title = (1 if under[1] == "=" else 2), block.pop().strip()
+        if not fenced and (depth or not line.strip()):
             words = " ".join(block).split()
-            lead_in = bool(words) and words[-1].endswith(":")  # "The rules are:" belongs to what follows
-            if heading or (words and len(words) >= LEAST_WORDS and not lead_in):
-                if any(char.isalnum() for char in "".join(words)):
-                    yield path(), "\n".join(block).strip()
+            last = words[-1].rstrip("\"'*_)") if words else ""
+            least = LEAST_WORDS if answered or not asked else 1  # "Two crowns." is an answer
+            if depth or (len(words) >= least and not last.endswith(":")):
+                if last.endswith("?") and not depth:
+                    asked = " ".join(words) if answered or not asked else f"{asked} {' '.join(words)}"
+                    answered = False
+                elif any(char.isalnum() for char in "".join(words)):
+                    asked = "" if answered and _LABELLED.match(" ".join(words)) else asked  # the next, with its answer
+                    yield _path(headings, asked), "\n".join(block).strip()
+                    answered = True
                 block = []
-        if heading:
-            level = len(heading[1])
-            headings = [(depth, title) for depth, title in headings if depth < level] + [(level, heading[2])]
+        if depth:
+            if asked and not answered:
+                yield _path(headings), asked
+            asked, answered = "", False
+            headings = [(level, name) for level, name in headings if level < depth] + [(depth, title)]
         elif line.strip() or fenced:
             block.append(line)
+        single, blank = blank and bool(line.strip()), not line.strip()
     if any(char.isalnum() for char in "".join(block)):
-        yield path(), "\n".join(block).strip()
+        yield _path(headings, asked), "\n".join(block).strip()
+    elif asked and not answered:
+        yield _path(headings), asked
+
+
+def _path(headings: Sequence[tuple[int, str]], asked: str = "") -> tuple[str, ...]:
+    return (*(title for _, title in headings), *([asked] if asked else []))
 
 
 def _pieces(paragraph: str, most_words: int) -> Iterator[str]:
@@ -108,6 +127,20 @@ def _items(lines: Sequence[str]) -> list[str]:
         else:
             items.append(line)
     return items
+
+
+def asked_in(passages: Sequence[Passage]) -> list[tuple[str, Passage]]:
+    """Questions that a document itself asks, as a list of frequent ones does, each with the passage that follows: what
+    stands behind "Q.", headings that ask, and single sentences."""
+    found: dict[tuple[str, str], Passage] = {}
+    for passage in passages:
+        for text in (*passage.headings[-1:], " ".join(passage.text.split())):
+            labelled = _LABELLED.findall(text)
+            for asked in labelled or _SENTENCE_END.split(text):
+                question = asked.strip().strip("*_")
+                if question.endswith("?") and len(question.split()) >= LEAST_WORDS:
+                    found.setdefault((passage.source, question), passage)
+    return [(question, passage) for (_, question), passage in found.items()]
 
 
 def rules(prompt: str) -> list[str]:
