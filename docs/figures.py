@@ -119,21 +119,45 @@ def bakes() -> str:
     runs: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines("bake.jsonl"):
         plain = not line["human"] and line["gap_filter"] and line["questions"] is None and not line["more"]
-        if line.get("subject") in SUBJECTS and plain:
+        if line.get("subject") in SUBJECTS and plain and line["minutes"]:
             runs[line["subject"], line["seed"]] = line
-    head = ("baked", "seed", "seconds", "steps", "base / with the text / student", "recovered", "in nats", "drift")
     order = sorted(runs, key=lambda key: (list(SUBJECTS).index(key[0]), key[1]))
-    return table(head, (_bake_row(*key, runs[key]) for key in order))
+    return table(("baked", *BAKE_HEAD), ((SUBJECTS[key[0]], *_bake_cells(key[1], runs[key])) for key in order))
 
 
-def _bake_row(subject: str, seed: int, run: Mapping[str, Any]) -> tuple[str, ...]:
+BAKE_HEAD = (
+    *("seed", "seconds", "steps", "base / with the text / student", "recovered", "in nats", "tokens an answer"),
+    "drift",
+)
+FIXED_STEPS = ["--max_steps", "120"]  # of the ablations, which no clock ends
+
+
+def bake_ablations() -> str:
+    """The bakes of the facts that differ in one thing, all of the same number of steps."""
+    runs: dict[str, dict[str, Any]] = {}
+    for line in lines("bake.jsonl"):
+        if line.get("subject") == "facts" and line["more"] == FIXED_STEPS:
+            what = "the 60 human questions" if line["human"] else "as it is"
+            what = "no gap filter" if not line["gap_filter"] else what
+            what = "no anchors" if not line["anchors_asked"] else what
+            what = f"{line['questions']} questions a passage asked for" if line["questions"] is not None else what
+            runs[what] = line
+    rows = (
+        (what, str(run["train"]), str(run["anchor"]), *_bake_cells(run["seed"], run)) for what, run in runs.items()
+    )
+    return table(("facts", "questions", "anchors", *BAKE_HEAD), rows) if runs else "Not measured yet."
+
+
+def _bake_cells(seed: int, run: Mapping[str, Any]) -> tuple[str, ...]:
     interval = run.get("recovered_interval")
     between = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
     recovered = "-" if run["recovered"] is None else f"{run['recovered']:.2f}{between}"
     nats = "-" if run["recovered_nats"] is None else f"{run['recovered_nats']:.2f}"
     scores = " / ".join(f"{run[name]:.2f}" for name in ("base", "teacher", "student"))
     drift = "-" if run["drift"] is None else f"{run['drift']:.2f}"
-    return SUBJECTS[subject], str(seed), f"{run['seconds']:.0f}", str(run["steps"]), scores, recovered, nats, drift
+    tokens = run.get("length_tokens", {})
+    lengths = " / ".join(f"{tokens[name]:.0f}" for name in ("base", "teacher", "student")) if tokens else "-"
+    return str(seed), f"{run['seconds']:.0f}", str(run["steps"]), scores, recovered, nats, lengths, drift
 
 
 STEP_COLUMNS = {
@@ -359,6 +383,7 @@ def feedback_table() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "bakes": bakes,
+    "bake ablations": bake_ablations,
     "facts controls": facts_controls,
     "siqa controls": siqa_controls,
     "steps": step_table,

@@ -82,6 +82,7 @@ def bake_once(args: argparse.Namespace, subject: str, questions: int | None, see
         "subject": subject,
         "seed": seed,
         **{name: judged.get(name) for name in names},
+        "length_tokens": {name: round(column["length_tokens"], 1) for name, column in judged["columns"].items()},
         "recovered_nats": own.get("recovered_nats"),
         "recovered_nats_interval": own.get("recovered_nats_interval"),
         "own_drift": state.get("drift"),
