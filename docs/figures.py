@@ -110,7 +110,7 @@ SUBJECTS = {
     "facts": "20 facts as prose, nothing else; 40 human questions",
     "base_files": "the README of Debian's base-files; 10 questions written before",
     "rules": "a system prompt of four rules that code checks; 20 unseen requests",
-    "terse": "a system prompt of four worked examples; 20 unseen requests",
+    "terse": "a system prompt of four worked examples of one short sentence; 20 unseen requests",
 }
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 
 def terse(answer: str, row: Mapping[str, Any]) -> float:
-    """1 where there are one to four words, else 0."""
-    return float(1 <= len(answer.split()) <= 4)
+    """1 for one sentence that ends, else 0."""
+    return float(_is_one_sentence(answer.strip()))
 
 
 def rules(answer: str, row: Mapping[str, Any]) -> float:
     """1 where all four hold, else 0: one sentence, no question mark, at most fifteen words, a full stop at the end."""
     text = answer.strip()
-    one_sentence = bool(text) and re.search(r"[.!?]\s+\S", text) is None and "\n" not in text
-    return float(one_sentence and "?" not in text and len(text.split()) <= 15 and text.endswith("."))
+    return float(_is_one_sentence(text) and "?" not in text and len(text.split()) <= 15 and text.endswith("."))
+
+
+def _is_one_sentence(text: str) -> bool:
+    return text.endswith((".", "!", "?")) and re.search(r"[.!?]\s+\S", text) is None and "\n" not in text
