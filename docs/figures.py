@@ -177,16 +177,23 @@ TRAINERS = {
 
 
 def step_lines(trainer: str, setting: tuple[str, int, int, int]) -> list[dict[str, Any]]:
-    """All runs of a cell of the step table; those with a shared PI, several epochs or on a GPU are other cells."""
-    return [
+    """The newest day's runs of a cell of the step table: a host is not as fast every day. Those with a shared PI, several
+    epochs or on a GPU are other cells."""
+    found = [
         line
         for line in lines("step.jsonl")
-        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"]) == setting
-        and line["trainer"] == trainer
+        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"]) in STEP_COLUMNS.values()
         and (line["device"], line["model"]) == ("cpu", "smollm2-135m")
         and not line.get("shared")
         and line.get("epochs", 1) == 1
         and "seconds" in line
+    ]
+    day = max(line["date"] for line in found)
+    return [
+        line
+        for line in found
+        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"]) == setting
+        and (line["trainer"], line["date"]) == (trainer, day)
     ]
 
 
@@ -443,6 +450,9 @@ SENTENCES: dict[str, list[str]] = {
         "{demo_drift:.4f} nats/token",
         "on held-out questions, from {terse_base:.2f} to {terse_score:.2f} (teacher {terse_teacher:.2f}); right "
         "answers stay where they were ({terse_right_base:.2f} and {terse_right_score:.2f})",
+        "folder are enough: recovered {three_flags_recovered:.2f} (95 % interval {three_flags_low:.2f} to "
+        "{three_flags_high:.2f}, n={three_flags_n}) at drift {three_flags_drift:.3f} after {three_flags_steps} steps in "
+        "{three_flags_seconds} s, and {three_flags_phrasings_recovered:.2f} on {three_flags_phrasings_n} further phrasings",
         "forgets {sft_drift_times:.0f} times as much of everything else",
         "base {siqa_base:.3f}, teacher {siqa_teacher:.3f}; right is an answer",
         "A run's own 95 % interval of the recovered gap reaches {siqa_reach:.2f} to either side.",
