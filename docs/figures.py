@@ -142,9 +142,7 @@ def bake_ablations() -> str:
             what = "no anchors" if not line["anchors_asked"] else what
             what = f"{line['questions']} questions a passage asked for" if line["questions"] is not None else what
             runs[what] = line
-    rows = (
-        (what, str(run["train"]), str(run["anchor"]), *_bake_cells(run["seed"], run)) for what, run in runs.items()
-    )
+    rows = ((what, str(run["train"]), str(run["anchor"]), *_bake_cells(run["seed"], run)) for what, run in runs.items())
     return table(("facts", "questions", "anchors", *BAKE_HEAD), rows) if runs else "Not measured yet."
 
 
@@ -182,7 +180,8 @@ def step_lines(trainer: str, setting: tuple[str, int, int, int]) -> list[dict[st
     found = [
         line
         for line in lines("step.jsonl")
-        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"]) in STEP_COLUMNS.values()
+        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"])
+        in STEP_COLUMNS.values()
         and (line["device"], line["model"]) == ("cpu", "smollm2-135m")
         and not line.get("shared")
         and line.get("epochs", 1) == 1
@@ -268,14 +267,22 @@ METHODS = {
 }
 
 
+def divergence_lines() -> list[dict[str, Any]]:
+    setting = ("cpu", 512, 576, "bfloat16", 0.5)
+    names = ("device", "n", "d", "dtype", "beta")
+    found = [line for line in lines("divergence.jsonl") if tuple(line[name] for name in names) == setting]
+    return [line for line in found if "seconds" in line]
+
+
 def divergence_table() -> str:
-    """Of several runs of a cell the last."""
-    last = {
-        (line["method"], line["vocab"]): line
-        for line in lines("divergence.jsonl")
-        if "seconds" in line
-        and (line["device"], line["n"], line["d"], line["dtype"], line["beta"]) == ("cpu", 512, 576, "bfloat16", 0.5)
-    }
+    """Of several runs of a cell the last; of one day, the newest on which all were measured."""
+    found = divergence_lines()
+    all_cells = {(method, vocab) for method in METHODS for vocab in (151936, 49152)}
+    days = {line["date"] for line in found}
+    whole = max(
+        day for day in days if all_cells <= {(line["method"], line["vocab"]) for line in found if line["date"] == day}
+    )
+    last = {(line["method"], line["vocab"]): line for line in found if line["date"] == whole}
 
     def cells(method: str, vocab: int) -> list[str]:
         line = last[method, vocab]
@@ -436,6 +443,9 @@ def figures() -> dict[str, Any]:
         values |= {f"{line['name']}_{key}": value for key, value in line.items()}
         if "recovered_interval" in line:
             values |= {f"{line['name']}_{end}": line["recovered_interval"][i] for i, end in enumerate(("low", "high"))}
+    through = {line["method"]: line for line in divergence_lines() if line["vocab"] == 49152}
+    values["trainer_times"] = through["trainer"]["cpu_seconds"] / through["floor"]["cpu_seconds"]
+    values["trainer_error"] = 100 * through["trainer"]["gradient_error"]
     for name, runs in (("ours", ours), ("floor", floor)):
         for part in ("rollout", "teacher", "student"):
             values[f"{name}_{part}"] = spread(column(runs, f"{part}_seconds"), ".1f")
@@ -463,6 +473,8 @@ SENTENCES: dict[str, list[str]] = {
         "rollout {ours_rollout} s ({floor_rollout}: each token",
         "the teacher's pass {ours_teacher} s ({floor_teacher}; attention)",
         "student with the divergence {ours_student} s ({floor_student}; LoRA",
+        "inside a step of the trainer it takes {trainer_times:.1f} times the processor time of the bare products (N=512, "
+        "V=49,152), with a gradient error of {trainer_error:.1f} %",
         "{export_right:.0f} of 40 answers right before",
         "moves the base by {export_adapter:.2f} nats a token",
         "adapter peaks at {merge_gib:.1f} GiB of memory",
