@@ -175,8 +175,9 @@ TRAINERS = {
 
 
 def step_lines(trainer: str, setting: tuple[str, int, int, int]) -> list[dict[str, Any]]:
-    """The newest day's runs of a cell of the step table: a host is not as fast every day. Those with a shared PI, several
-    epochs or on a GPU are other cells."""
+    """The newest day's runs of a cell of the step table, for a host is not as fast every day; those with a shared PI,
+    several epochs or on a GPU are other cells."""
+    names = ("quantization", "batch", "generations", "privileged_tokens")
     found = [
         line
         for line in lines("step.jsonl")
@@ -188,12 +189,8 @@ def step_lines(trainer: str, setting: tuple[str, int, int, int]) -> list[dict[st
         and "seconds" in line
     ]
     day = max(line["date"] for line in found)
-    return [
-        line
-        for line in found
-        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"]) == setting
-        and (line["trainer"], line["date"]) == (trainer, day)
-    ]
+    here = (*setting, trainer, day)
+    return [line for line in found if tuple(line[name] for name in (*names, "trainer", "date")) == here]
 
 
 def step_table() -> str:
@@ -461,8 +458,9 @@ SENTENCES: dict[str, list[str]] = {
         "on held-out questions, from {terse_base:.2f} to {terse_score:.2f} (teacher {terse_teacher:.2f}); right "
         "answers stay where they were ({terse_right_base:.2f} and {terse_right_score:.2f})",
         "folder are enough: recovered {three_flags_recovered:.2f} (95 % interval {three_flags_low:.2f} to "
-        "{three_flags_high:.2f}, n={three_flags_n}) at drift {three_flags_drift:.3f} after {three_flags_steps} steps in "
-        "{three_flags_seconds} s, and {three_flags_phrasings_recovered:.2f} on {three_flags_phrasings_n} further phrasings",
+        "{three_flags_high:.2f}, n={three_flags_n}) at drift {three_flags_drift:.3f} after {three_flags_steps} steps "
+        "in {three_flags_seconds} s, and {three_flags_phrasings_recovered:.2f} on {three_flags_phrasings_n} further "
+        "phrasings",
         "forgets {sft_drift_times:.0f} times as much of everything else",
         "base {siqa_base:.3f}, teacher {siqa_teacher:.3f}; right is an answer",
         "A run's own 95 % interval of the recovered gap reaches {siqa_reach:.2f} to either side.",
@@ -473,8 +471,8 @@ SENTENCES: dict[str, list[str]] = {
         "rollout {ours_rollout} s ({floor_rollout}: each token",
         "the teacher's pass {ours_teacher} s ({floor_teacher}; attention)",
         "student with the divergence {ours_student} s ({floor_student}; LoRA",
-        "inside a step of the trainer it takes {trainer_times:.1f} times the processor time of the bare products (N=512, "
-        "V=49,152), with a gradient error of {trainer_error:.1f} %",
+        "inside a step of the trainer it takes {trainer_times:.1f} times the processor time of the bare products "
+        "(N=512, V=49,152), with a gradient error of {trainer_error:.1f} %",
         "{export_right:.0f} of 40 answers right before",
         "moves the base by {export_adapter:.2f} nats a token",
         "adapter peaks at {merge_gib:.1f} GiB of memory",
