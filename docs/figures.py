@@ -181,8 +181,7 @@ def step_lines(trainer: str, setting: tuple[str, int, int, int]) -> list[dict[st
     found = [
         line
         for line in lines("step.jsonl")
-        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"])
-        in STEP_COLUMNS.values()
+        if tuple(line[name] for name in names) in STEP_COLUMNS.values()
         and (line["device"], line["model"]) == ("cpu", "smollm2-135m")
         and not line.get("shared")
         and line.get("epochs", 1) == 1
