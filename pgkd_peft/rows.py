@@ -24,6 +24,7 @@ class Row:
     privileged_tokens_cut: int
     generated: bool = False  # written in this step, not taken from the data
     truncated: bool = False  # ran into max_new_tokens without a stop token
+    counts: bool = True  # False: it stands in, so that there is a step or a micro-batch; nothing is learned from it
     keep: slice = field(default_factory=lambda: slice(0, None))  # completion tokens that count in the loss
     teacher_hidden: torch.Tensor | None = None  # (kept tokens, D)
     logprobs: list[float] | None = None  # of each completion token, where a rollout server has written it
