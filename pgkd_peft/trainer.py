@@ -320,12 +320,12 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             position_ids=inputs.get("position_ids"),
             hidden_index=inputs["hidden_index"],
         )
-        teacher_ND = torch.cat([row.teacher_hidden for row in rows if row.kept] or [student_ND.detach()])
+        read = [row.teacher_hidden for row in rows if row.kept]
         result = jsd_between(
             student_ND,
             self.head,
-            teacher_ND,
-            self.teacher_head,
+            torch.cat(read) if read else student_ND.detach(),
+            self.teacher_head if read else self.head,  # without a kept token there is no row of the teacher's width
             beta=self.beta,
             temperature=args.loss_temperature,
             normalize=args.normalize_beta,
