@@ -41,7 +41,7 @@ from .run.checkpoint import (
     write_manifest,
 )
 from .run.console import logger
-from .run.folder import ADAPTER_FILE, CARD_FILE
+from .run.folder import ADAPTER_FILE, CARD_FILE, HUB_FILES, HUB_STATE_FILES
 from .run.info import RunInfo
 from .run.interrupt import interruptible
 from .run.jsonl import write_whole
@@ -49,7 +49,7 @@ from .run.meters import Meters, means_of, over_ranks
 from .run.metrics import MetricsFileCallback
 from .run.place import locked, make_readable
 from .run.resume import Continue, check_belongs, progress_file, readable_state
-from .trl_compat import log_progress
+from .trl_compat import log_progress, uploading_only
 
 TIE_BREAKER = "eval_recovered_nats"
 GAP_METRICS = (TIE_BREAKER, "eval_recovered", "eval_student", "eval_base", "eval_teacher", "eval_drift")
@@ -253,7 +253,18 @@ class RunTrainer(SFTTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else it is pushed from its final place
-            super()._push_from_checkpoint(checkpoint_folder)
+            with self._uploads():
+                super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own, of the adapter, its tokenizer and its card alone: the run folder's other files hold
+        the data and the PI."""
+        with self._uploads():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _uploads(self) -> contextlib.AbstractContextManager[None]:
+        files = {*HUB_FILES, *self.processing_class.vocab_files_names.values()}
+        return uploading_only(sorted(files), sorted({*files, *HUB_STATE_FILES}))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write to a hidden folder, rename, then delete what is beyond ``save_total_limit``.
