@@ -272,8 +272,10 @@ class Parser(TrlParser):
 
 
 def _own_recipe(flags: argparse.Namespace) -> str | None:
-    """What a run was told, as the recipe of its --resume, where no other is named; None without such a file."""
-    if getattr(flags, "resume", None) is not True or not isinstance(getattr(flags, "output_dir", None), str):
+    """What a run was told, as the recipe of its --resume (or --resume_from_checkpoint), where no other is named; None
+    without such a file."""
+    resumed = getattr(flags, "resume", None) is True or isinstance(getattr(flags, "resume_from_checkpoint", None), str)
+    if not resumed or not isinstance(getattr(flags, "output_dir", None), str):
         return None
     recipe = Path(flags.output_dir) / RECIPE_FILE
     return str(recipe) if recipe.is_file() else None
