@@ -290,6 +290,17 @@ def test_evaluation_reports_the_divergence_on_held_out_rows(make_trainer):
     assert result["eval_loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_an_evaluation_under_another_name_leaves_the_meters_of_training_alone(make_trainer):
+    rows = {"a": Dataset.from_list(ROWS[:1]), "b": Dataset.from_list(ROWS[1:2])}
+    trainer = make_trainer(config={"lmbda": 0.0}, eval_dataset=Dataset.from_list(ROWS[:1]))
+    trainer.meters.add("train", rows=3)
+    result = trainer.evaluate(metric_key_prefix="test")
+    assert "test_divergence" in result
+    assert "divergence" not in result
+    assert trainer.meters.read("train") == {"rows": 3}
+    assert {"eval_a_divergence", "eval_b_divergence"} <= set(trainer.evaluate(rows))
+
+
 def test_rollout_log_shows_both_answers(make_trainer, capsys):
     trainer = make_trainer(config={"rollout_log_steps": 2, "max_steps": 4, "rollout_log_samples": 2})
     trainer.train()
