@@ -301,6 +301,15 @@ def test_an_evaluation_under_another_name_leaves_the_meters_of_training_alone(ma
     assert {"eval_a_divergence", "eval_b_divergence"} <= set(trainer.evaluate(rows))
 
 
+def test_a_collator_that_says_nothing_of_pi(make_trainer):
+    """Which rows have some is seen from their prompts."""
+    batch = make_trainer().data_collator(ROWS)
+    expected = [row.has_privileged for row in rows_of(batch)]
+    for name in ("has_privileged", "privileged_tokens", "privileged_tokens_cut"):
+        del batch[name]
+    assert [row.has_privileged for row in rows_of(batch)] == expected == [True, True, False, True]
+
+
 def test_rollout_log_shows_both_answers(make_trainer, capsys):
     trainer = make_trainer(config={"rollout_log_steps": 2, "max_steps": 4, "rollout_log_samples": 2})
     trainer.train()
