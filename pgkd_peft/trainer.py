@@ -43,6 +43,7 @@ from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .data.feedback import load_feedback, with_feedback
 from .data.formats import messages_of
+from .data.named import model_name
 from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .engines.proof import START_PROMPTS, Proof, begin
@@ -379,6 +380,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
     ):
         # What was passed, checked before anything is loaded.
+        model, teacher_model = model_name(model), model_name(teacher_model)
         args = _usable(model, args, eval_dataset, formatting_func=formatting_func, compute_metrics=compute_metrics)
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)

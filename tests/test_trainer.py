@@ -310,6 +310,12 @@ def test_a_collator_that_says_nothing_of_pi(make_trainer):
     assert [row.has_privileged for row in rows_of(batch)] == expected == [True, True, False, True]
 
 
+def test_a_model_may_be_a_path_and_end_in_a_slash(make_trainer, llama_path):
+    trainer = make_trainer(model=Path(llama_path))
+    assert trainer.model.get_base_model().config._name_or_path == llama_path
+    make_trainer(model=llama_path, teacher_model=f"{llama_path}/")  # the same one
+
+
 def test_rollout_log_shows_both_answers(make_trainer, capsys):
     trainer = make_trainer(config={"rollout_log_steps": 2, "max_steps": 4, "rollout_log_samples": 2})
     trainer.train()

@@ -20,7 +20,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from ..config import PrivilegedGKDConfig
-from ..data.named import model_path
+from ..data.named import model_name, model_path
 from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
 from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
@@ -411,7 +411,7 @@ def parse_train(
         missing.append("data: --dataset_name FILE_OR_DIRECTORY_OR_HUB_NAME")
     if missing:
         raise ConfigError("missing is " + ", and ".join(missing) + f"; or a recipe: {prog} --config RECIPE.yaml")
-    model.model_name_or_path = model_path(str(model.model_name_or_path))
+    model.model_name_or_path = model_name(model_path(str(model.model_name_or_path)))
     if model.dtype is not None or model.attn_implementation or model.model_revision:
         given = {
             "dtype": model.dtype,
