@@ -41,7 +41,7 @@ from .run.checkpoint import (
     write_manifest,
 )
 from .run.console import logger
-from .run.folder import ADAPTER_FILE, CARD_FILE
+from .run.folder import ADAPTER_FILE, CARD_FILE, HUB_FILES, HUB_STATE_FILES
 from .run.info import RunInfo
 from .run.interrupt import interruptible
 from .run.jsonl import write_whole
@@ -49,7 +49,7 @@ from .run.meters import Meters, means_of, over_ranks
 from .run.metrics import MetricsFileCallback
 from .run.place import locked, make_readable
 from .run.resume import Continue, check_belongs, progress_file, readable_state
-from .trl_compat import log_progress
+from .trl_compat import log_progress, uploading_only
 
 TIE_BREAKER = "eval_recovered_nats"
 GAP_METRICS = (TIE_BREAKER, "eval_recovered", "eval_student", "eval_base", "eval_teacher", "eval_drift")
@@ -86,6 +86,7 @@ class RunTrainer(SFTTrainer):
     model: PeftModel
     data_collator: Any
     teacher: Any = None
+    _evaluation = "eval"  # what the metrics of the evaluation under way begin with
     _staging: Path | None = None  # where the checkpoint that is being written stands until it is whole
 
     def start_run(self, contexts: Any, loaded: str, report: DataReport | None) -> None:
@@ -149,8 +150,8 @@ class RunTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was measured since the last log: means over tokens, rows or optimizer steps, over all ranks."""
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
+        evaluated = any(key.startswith(f"{self._evaluation}_") for key in logs)
+        mode, prefix = ("eval", f"{self._evaluation}_") if evaluated else ("train", "")
         for name, value in means_of(over_ranks(self.meters.read(mode), self.accelerator)).items():
             logs.setdefault(prefix + name, value)
         self.meters.reset(mode)
@@ -178,10 +179,16 @@ class RunTrainer(SFTTrainer):
             for callback in callbacks:
                 callback.prepare(self)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """As Transformers' own, with random state and train mode left as they were."""
-        with kept_random_state(), _kept_mode(self.model):
-            return super().evaluate(*args, **kwargs)
+        around, self._evaluation = self._evaluation, metric_key_prefix
+        try:
+            with kept_random_state(), _kept_mode(self.model):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluation = around
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -253,7 +260,18 @@ class RunTrainer(SFTTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else it is pushed from its final place
-            super()._push_from_checkpoint(checkpoint_folder)
+            with self._uploads():
+                super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own, of the adapter, its tokenizer and its card alone: the run folder's other files hold
+        the data and the PI."""
+        with self._uploads():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _uploads(self) -> contextlib.AbstractContextManager[None]:
+        files = {*HUB_FILES, *self.processing_class.vocab_files_names.values()}
+        return uploading_only(sorted(files), sorted({*files, *HUB_STATE_FILES}))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write to a hidden folder, rename, then delete what is beyond ``save_total_limit``.

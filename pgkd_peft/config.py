@@ -340,6 +340,9 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError(f"{name} is {value}; it must be a finite number.")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
             raise ConfigError(f"{name} is {value!r}; it must be {'a whole number' if kind is int else 'a number'}.")
+        if kind is int and isinstance(value, float):  # 64.0 counts nothing
+            value = int(value)
+            setattr(self, name, value)
         return value
 
     def _check_choices(self) -> None:

@@ -24,6 +24,7 @@ class Row:
     privileged_tokens_cut: int
     generated: bool = False  # written in this step, not taken from the data
     truncated: bool = False  # ran into max_new_tokens without a stop token
+    counts: bool = True  # False: it stands in, so that there is a step or a micro-batch; nothing is learned from it
     keep: slice = field(default_factory=lambda: slice(0, None))  # completion tokens that count in the loss
     teacher_hidden: torch.Tensor | None = None  # (kept tokens, D)
     logprobs: list[float] | None = None  # of each completion token, where a rollout server has written it
@@ -46,19 +47,25 @@ class Row:
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
-    """The rows of a collator batch, without their padding (by the masks, never by the pad id)."""
+    """The rows of a collator batch, without their padding (by the masks, never by the pad id).
+
+    A collator that does not say which rows have PI (`has_privileged`) has it where the teacher's prompt is another.
+    """
 
     def unpad(ids: str, mask: str) -> list[list[int]]:
         return [row[keep.bool()].tolist() for row, keep in zip(batch[ids].cpu(), batch[mask].cpu())]
 
     count = len(batch["prompts"])
+    prompts = unpad("prompts", "prompt_attention_mask")
+    teacher_prompts = unpad("teacher_prompts", "teacher_prompt_attention_mask")
+    differ = [teacher != own for teacher, own in zip(teacher_prompts, prompts)]
     return [
         Row(prompt, teacher_prompt, completion, bool(has), int(cut), source=source)
         for prompt, teacher_prompt, completion, has, cut, source in zip(
-            unpad("prompts", "prompt_attention_mask"),
-            unpad("teacher_prompts", "teacher_prompt_attention_mask"),
+            prompts,
+            teacher_prompts,
             unpad("completions", "completion_mask"),
-            batch.get("has_privileged", torch.zeros(count)),
+            batch.get("has_privileged", differ),
             batch.get("privileged_tokens_cut", torch.zeros(count)),
             batch.get("sources", [None] * count),
         )

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .data.feedback import load_feedback, with_feedback
 from .data.formats import messages_of
+from .data.named import model_name
 from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .engines.proof import START_PROMPTS, Proof, begin
@@ -133,7 +135,8 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         rows = [row for batch in batches for row in rows_in(batch)]
         rows = self.roll_out_and_score(rows, on_policy=self.on_policy_step())
         tokens = torch.full((), sum(len(row.kept) for row in rows), device=device)
-        return self.micro_batches(rows, len(batches)), self.accelerator.gather(tokens).sum()
+        self.step_tokens = self.accelerator.gather(tokens).sum()
+        return self.micro_batches(rows, len(batches)), self.step_tokens
 
     def on_policy_step(self) -> bool:
         """One draw an optimizer step, the same on every rank."""
@@ -151,7 +154,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             if on_policy or self.seq_kd:
                 rows = self.roll_out(rows, teacher_writes=not on_policy, stream=stream)
         for row in rows:
-            skip_all = args.mask_truncated_completions and row.truncated
+            skip_all = not row.counts or (args.mask_truncated_completions and row.truncated)
             row.keep = slice(0, 0) if skip_all else slice(args.skip_first_tokens, None)
             if row.teacher_hidden is not None:  # a mixed rollout brought them
                 row.teacher_hidden = row.teacher_hidden[row.keep]
@@ -253,8 +256,11 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         """Deal the rows out over the micro-batches, rows of like length together. The sum over the step stays.
 
         Each is as large as the teacher's batches, so that a row without PI is read alike by both, to the last bit.
+        Where feedback has left fewer rows than there are micro-batches, the shortest one stands in, without a kept
+        token: on every rank a step has as many forwards as Transformers has counted.
         """
         rows = sorted(rows, key=lambda row: row.length)
+        rows = [replace(rows[0], keep=slice(0, 0), counts=False)] * (count - len(rows)) + rows
         size = self.args.per_device_train_batch_size * self.args.num_generations
         bounds = [*range(0, len(rows), size), len(rows)]
         if len(bounds) != count + 1:  # a loader of its own kind: as even as can be
@@ -315,12 +321,12 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
             position_ids=inputs.get("position_ids"),
             hidden_index=inputs["hidden_index"],
         )
-        teacher_ND = torch.cat([row.teacher_hidden for row in rows if row.kept] or [student_ND.detach()])
+        read = [row.teacher_hidden for row in rows if row.kept]
         result = jsd_between(
             student_ND,
             self.head,
-            teacher_ND,
-            self.teacher_head,
+            torch.cat(read) if read else student_ND.detach(),
+            self.teacher_head if read else self.head,  # without a kept token there is no row of the teacher's width
             beta=self.beta,
             temperature=args.loss_temperature,
             normalize=args.normalize_beta,
@@ -374,6 +380,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
     ):
         # What was passed, checked before anything is loaded.
+        model, teacher_model = model_name(model), model_name(teacher_model)
         args = _usable(model, args, eval_dataset, formatting_func=formatting_func, compute_metrics=compute_metrics)
         show_log_lines(main_process=args.process_index == 0)
         check_teacher(model, teacher_model, args)
@@ -440,6 +447,7 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         self.pad_id = tokenizer.pad_token_id
         self.memory, remembered = plan_teacher(teacher, report, args, self.accelerator.num_processes)
         self.last_rows = []
+        self.step_tokens = torch.zeros((), dtype=torch.long, device=args.device)  # kept ones of the step, on all ranks
         self.finite = torch.ones((), dtype=torch.bool, device=args.device)  # no loss of the step is NaN or infinite
         self.feedback = load_feedback(args.feedback) if args.feedback is not None else None
         self._evaluated = 0  # batches of this evaluation
@@ -619,7 +627,10 @@ def _all_checked(eval_dataset: Any, collator: Any, args: PrivilegedGKDConfig) ->
 
 
 class StepEnd(TrainerCallback):
-    """Before the optimizer moves the weights: no loss was NaN, and the teacher's states of the step are let go."""
+    """Before the optimizer moves the weights: no loss was NaN, and the teacher's states of the step are let go.
+
+    A step without a kept token has no gradient either, so that the optimizer's momentum moves nothing.
+    """
 
     def __init__(self, trainer: PrivilegedSelfDistillTrainer):
         self.trainer = trainer
@@ -627,6 +638,9 @@ class StepEnd(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.stop_if_not_finite()
         self.trainer.stop_if_not_the_students()
+        nothing = not any(row.kept for row in self.trainer.last_rows) and not self.trainer.step_tokens.item()
+        if nothing and self.trainer.accelerator.scaler is None:  # which wants gradients in every step
+            self.trainer.model.zero_grad()
         for row in self.trainer.last_rows:
             row.teacher_hidden = None
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import transformers.trainer
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import transformers_weight_conversion as weight_conversion
@@ -51,6 +52,7 @@ INSIDES = (
     Inside("transformers.Trainer", "_tr_loss", "5.23.0", "exact resume between two logs"),
     Inside("transformers.Trainer", "_total_loss_scalar", "5.23.0", "exact resume between two logs"),
     Inside("transformers.Trainer", "_globalstep_last_logged", "5.23.0", "exact resume between two logs"),
+    Inside("transformers.trainer", "hf_api", "5.23.0", "what a run uploads is chosen file by file"),
     Inside("transformers.trainer", "DEFAULT_PROGRESS_CALLBACK", "5.23.0", "the live view takes its place"),
     Inside("accelerate.Accelerator", "_models", "1.15.0", "TRL prepares the shared base as a teacher"),
     Inside("accelerate.Accelerator", "_is_accelerate_prepared", "1.15.0", "TRL prepares the shared base as a teacher"),
@@ -135,6 +137,36 @@ def keep_adapter(student: PeftModel, args: Any) -> Iterator[None]:
             param.data = data.to(param.device)
         for module, p in dropouts:
             module.p = p
+
+
+class _ChosenUploads:
+    """The Hub's client, whose uploads of a folder are cut to the files that may go."""
+
+    def __init__(self, api: Any, files: Sequence[str], of_checkpoints: Sequence[str]):
+        self.api, self.files, self.of_checkpoints = api, list(files), list(of_checkpoints)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.api, name)
+
+    def upload_folder(self, **kwargs: Any) -> Any:
+        files = self.of_checkpoints if kwargs.get("path_in_repo") else self.files
+        return self.api.upload_folder(**{**kwargs, "allow_patterns": files})
+
+
+@contextlib.contextmanager
+def uploading_only(files: Sequence[str], of_checkpoints: Sequence[str]) -> Iterator[None]:
+    """Transformers' trainer uploads these files alone; by itself it takes all that is in the run folder.
+
+    Args:
+        files: names, or patterns, of the run folder.
+        of_checkpoints: of a checkpoint that goes as a folder of its own.
+    """
+    original = transformers.trainer.hf_api
+    transformers.trainer.hf_api = lambda: _ChosenUploads(original(), files, of_checkpoints)
+    try:
+        yield
+    finally:
+        transformers.trainer.hf_api = original
 
 
 @contextlib.contextmanager

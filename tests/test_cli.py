@@ -285,6 +285,12 @@ def test_a_run_is_neither_overwritten_nor_mixed(trained, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     assert cli.main(["train", *flags, "--resume", "--max_steps", "3"]) == 0
     assert (run / "checkpoint-3").is_dir()
+    first = ["--resume_from_checkpoint", str(run / "checkpoint-1")]
+    assert cli.main(["train", *flags, *first, "--overwrite"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert cli.main(["train", "--output_dir", str(run), *first, "--max_steps", "2"]) == 0  # not from checkpoint-3
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert max(steps) == 2
     assert cli.main(["train", *flags, "--overwrite", "--max_steps", "1"]) == 0
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1"]
 

@@ -98,6 +98,12 @@ def test_numbers_given_as_text_are_numbers():
     assert make(beta="0.25", divergence_clip="1e-1").divergence_clip == 0.1
 
 
+def test_whole_numbers_given_as_floats_are_whole_numbers():
+    config = make(max_new_tokens=64.0, num_generations="2", max_steps=3.0, loss_top_k=20.0, max_length=512.0)
+    names = ("max_new_tokens", "num_generations", "max_steps", "loss_top_k", "max_length")
+    assert [type(getattr(config, name)) for name in names] == [int] * 5
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

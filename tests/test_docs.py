@@ -21,6 +21,7 @@ from tiny import ROWS
 from pgkd_peft import cli
 from pgkd_peft.cli.arguments import TRAIN_ARGUMENTS, Parser
 from pgkd_peft.cli.eval import EvalArguments
+from pgkd_peft.data.feedback import load_module
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -181,13 +182,35 @@ def test_the_two_example_scripts_run(tmp_path, llama_path):
     full = ["--model_name_or_path", llama_path, "--dataset_name", str(rows), "--output_dir", str(tmp_path / "run")]
     full += ["--max_steps", "1", "--max_new_tokens", "4", "--report_to", "none"]
     for script, flags in (
-        ("privileged_gkd_smoke.py", ["--model", llama_path]),
+        ("privileged_gkd_smoke.py", ["--model_name_or_path", llama_path]),
         ("privileged_gkd.py", full),
     ):
         command = [sys.executable, str(scripts / script), *flags]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_the_example_script_hands_its_flags_on(monkeypatch, tmp_path):
+    class Reached(Exception):
+        pass
+
+    def record(**kwargs):
+        seen.update(kwargs)
+        raise Reached
+
+    seen: dict = {}
+    monkeypatch.setattr("pgkd_peft.trainer.PrivilegedSelfDistillTrainer", record)
+    script = load_module(str(ROOT / "examples" / "scripts" / "privileged_gkd.py"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags = ["--model_name_or_path", "S", "--dataset_name", str(rows), "--output_dir", str(tmp_path / "run")]
+    flags += ["--teacher_model_name_or_path", "T", "--share_student_as_teacher", "false", "--report_to", "none"]
+    monkeypatch.setattr("sys.argv", ["privileged_gkd.py", *flags, "--load_in_8bit"])
+    with pytest.raises(Reached):
+        script.main()
+    assert (seen["model"], seen["teacher_model"]) == ("S", "T")
+    assert seen["quantization_config"].load_in_8bit
 
 
 # ---- names and messages --------------------------------------------------------------------------------------------

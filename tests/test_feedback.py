@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import perturb
+from test_trainer import one_step
 from tiny import byte_tokenizer
+from transformers import TrainerCallback
 
 from pgkd_peft import DataCollatorForPrivilegedGKD
 from pgkd_peft.data.check import validate_rows
@@ -141,3 +145,61 @@ def test_settings_that_cannot_be(make_config):
     for wrong in ({"feedback_without": "drop"}, {"teacher_takeover": -1}, {"feedback": "a:b", "lmbda": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             make_config(**wrong)
+
+
+SPARSE = """
+def say(row, answers):
+    return [row["tests"] if row["tests"] != "none" else "" for answer in answers]
+"""
+
+
+def sparse_trainer(make_trainer, tmp_path, said, **config):
+    """A run whose rows without feedback are left out; `said` is the feedback on each of the four rows of a step."""
+    path = tmp_path / "judge.py"
+    path.write_text(SPARSE)
+    rows = [{**source(f"question {i}"), "tests": text} for i, text in enumerate(said)]
+    settings = {"feedback": f"{path}:say", "feedback_without": "skip", "learning_rate": 0.1}
+    return make_trainer(rows=rows, config={**settings, "train_sampling_strategy": "sequential", **config})
+
+
+def test_rows_left_out_do_not_change_the_loss_of_the_others(make_trainer, tmp_path):
+    results = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = sparse_trainer(
+            make_trainer,
+            tmp_path,
+            ["none", "no, it is seven", "none", "none"],
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            temperature=0.0,
+        )
+        perturb(trainer.model)
+        results.append(one_step(trainer))
+        assert [row.source["tests"] for row in trainer.last_rows] == ["no, it is seven"]
+    assert results[0]["loss"] > 1e-4
+    for other in results[1:]:
+        assert other["tokens"] == results[0]["tokens"]
+        assert other["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
+        assert other["norm"] == pytest.approx(results[0]["norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_any_feedback_changes_nothing(make_trainer, tmp_path, accumulation):
+    trainer = sparse_trainer(
+        make_trainer,
+        tmp_path,
+        ["no"] * 4 + ["none"] * 4,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trained = [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
+            seen.append(torch.cat(trained))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(seen) == 2
+    assert torch.equal(seen[0], seen[1])  # also after a step that has given the optimizer momentum

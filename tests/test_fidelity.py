@@ -121,6 +121,25 @@ def test_prompts_from_a_file_the_run_or_the_neutral_set(tmp_path):
         read_prompts(read_run(adapter), str(tmp_path / "none"))
 
 
+def test_rows_are_read_as_training_reads_them(tmp_path):
+    """Columns as JSON text, and ends of lines inside a text."""
+    adapter = save_adapter(tmp_path / "run", save_tiny(tmp_path / "base"), lora())
+    turns = [{"role": "user", "content": "2\u2028+\u00852?"}, {"role": "assistant", "content": "4"}]
+    plain = {"messages": turns, "tools": [], "chat_template_kwargs": {}}
+    texts = {"messages": json.dumps(turns), "tools": "[]", "chat_template_kwargs": '{"date": "today"}'}
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (plain, texts)), encoding="utf-8")
+    prompts = read_prompts(read_run(adapter), str(file))
+    assert len(prompts.rows) == 2
+    first, second, *greedy = build_sequences(tiny_model(), byte_tokenizer(), prompts, 4)
+    assert first == second
+    assert greedy[0] == greedy[1]
+    assert "2\u2028+\u00852?" in byte_tokenizer().decode(first.ids)
+    file.write_text(json.dumps({"messages": [{"role": "nobody", "content": "Hi"}]}))
+    with pytest.raises(DataError, match=r"line 1: .*nobody"):
+        read_prompts(read_run(adapter), str(file))
+
+
 def test_surviving_share_and_noise_of_a_known_rounding():
     base = torch.tensor([0.0, 0.0, 0.0, 0.0])
     merged = torch.tensor([0.4, 0.6, -0.6, 1.0])

@@ -499,6 +499,22 @@ def test_a_separate_teacher_may_be_wider(tmp_path, quantization):
     assert any(name.startswith("teacher: ") for name in trainer.frozen.digests)
 
 
+def test_a_wider_teacher_beside_a_micro_batch_without_a_kept_token(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    wide = save_tiny(tmp_path / "wide", seed=5, hidden_size=96, intermediate_size=160)
+    trainer = run(
+        tmp_path,
+        base,
+        teacher_model=wide,
+        share_student_as_teacher=False,
+        base_quantization="none",
+        skip_first_tokens=1000,
+        max_steps=1,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0.0
+
+
 def test_another_vocabulary_is_refused(tmp_path):
     other = tiny_model(vocab_size=VOCAB + 8)
     with pytest.raises(ModelError, match=rf"{VOCAB + 8}.*{VOCAB}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import perturb
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from tiny import DROPPING, ROWS, STRICT, byte_tokenizer, save_tiny, tiny_model
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
@@ -288,6 +290,32 @@ def test_evaluation_reports_the_divergence_on_held_out_rows(make_trainer):
     assert result["eval_loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_an_evaluation_under_another_name_leaves_the_meters_of_training_alone(make_trainer):
+    rows = {"a": Dataset.from_list(ROWS[:1]), "b": Dataset.from_list(ROWS[1:2])}
+    trainer = make_trainer(config={"lmbda": 0.0}, eval_dataset=Dataset.from_list(ROWS[:1]))
+    trainer.meters.add("train", rows=3)
+    result = trainer.evaluate(metric_key_prefix="test")
+    assert "test_divergence" in result
+    assert "divergence" not in result
+    assert trainer.meters.read("train") == {"rows": 3}
+    assert {"eval_a_divergence", "eval_b_divergence"} <= set(trainer.evaluate(rows))
+
+
+def test_a_collator_that_says_nothing_of_pi(make_trainer):
+    """Which rows have some is seen from their prompts."""
+    batch = make_trainer().data_collator(ROWS)
+    expected = [row.has_privileged for row in rows_of(batch)]
+    for name in ("has_privileged", "privileged_tokens", "privileged_tokens_cut"):
+        del batch[name]
+    assert [row.has_privileged for row in rows_of(batch)] == expected == [True, True, False, True]
+
+
+def test_a_model_may_be_a_path_and_end_in_a_slash(make_trainer, llama_path):
+    trainer = make_trainer(model=Path(llama_path))
+    assert trainer.model.get_base_model().config._name_or_path == llama_path
+    make_trainer(model=llama_path, teacher_model=f"{llama_path}/")  # the same one
+
+
 def test_rollout_log_shows_both_answers(make_trainer, capsys):
     trainer = make_trainer(config={"rollout_log_steps": 2, "max_steps": 4, "rollout_log_samples": 2})
     trainer.train()
@@ -407,3 +435,46 @@ def test_collator_of_the_public_api():
     assert batch["prompts"].dtype == torch.long
     assert batch["prompt_attention_mask"][0].tolist() == sorted(batch["prompt_attention_mask"][0].tolist())
     assert batch["completion_mask"][1].tolist() == sorted(batch["completion_mask"][1].tolist(), reverse=True)
+
+
+class RecordingHub:
+    """In place of the Hub's client: which files each upload would take."""
+
+    def __init__(self):
+        self.uploads = []
+
+    def create_repo(self, repo_id, **kwargs):
+        return types.SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, *, folder_path, allow_patterns=None, ignore_patterns=None, path_in_repo="", **kwargs):
+        folder = Path(folder_path)
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        taken = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        self.uploads.append((path_in_repo, set(taken)))
+        return types.SimpleNamespace(done=lambda: True, result=lambda: None)
+
+
+def test_nothing_of_the_data_is_pushed(make_trainer, monkeypatch):
+    hub = RecordingHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    settings = {"push_to_hub": True, "hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(config={**settings, "max_steps": 1, "rollout_log_steps": 1})
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(exist_ok=True)
+    for name in ("holdout.jsonl", "eval_answers.jsonl", "bake_train.jsonl", "notes.txt"):
+        (folder / name).write_text("secret")
+    trainer.train()
+    trainer.save_model()
+    trainer.push_to_hub()
+    assert (folder / "traces.jsonl").is_file()
+    use = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    use |= {"chat_template.jinja"}
+    assert {place for place, _ in hub.uploads} == {"", "last-checkpoint"}
+    for place, files in hub.uploads:
+        if place:  # enough to go on from
+            assert files == use | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} | {
+                "progress_0.json"
+            }
+        else:
+            assert files <= use
+    assert hub.uploads[-1] == ("", use)

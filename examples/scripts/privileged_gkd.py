@@ -14,34 +14,22 @@ from __future__ import annotations
 
 import sys
 
-from pgkd_peft import PrivilegedSelfDistillTrainer
-from pgkd_peft.cli.arguments import lora_config, parse_train
-from pgkd_peft.cli.train import evaluation_callbacks, load_datasets
-from pgkd_peft.errors import ConfigError, PGKDError
+from pgkd_peft.cli.arguments import parse_train
+from pgkd_peft.cli.train import train
+from pgkd_peft.errors import PGKDError, RunFinished
 
 
 def main() -> None:
     data, model, config = parse_train(sys.argv[1:], prog="privileged_gkd.py", description=__doc__)
-    if data.control is not None:
-        raise ConfigError(f"--control {data.control} is for `pgkd train`, which keeps a control apart from the run")
-    train_dataset, held_out = load_datasets(data, config)
-    trainer = PrivilegedSelfDistillTrainer(
-        model=model.model_name_or_path,
-        teacher_model=model.model_name_or_path,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=held_out if config.eval_strategy != "no" else None,
-        callbacks=evaluation_callbacks(data, config, held_out),
-        peft_config=lora_config(model),
-    )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    # The rows, a PrivilegedSelfDistillTrainer over them, its train(), save_model() and push_to_hub().
+    trainer = train(data, model, config)
+    print(f"step {trainer.state.global_step}; the adapter is in {config.output_dir}")
 
 
 if __name__ == "__main__":
     try:
         main()
+    except RunFinished as finished:
+        print(finished)
     except PGKDError as error:  # a mistake that the message explains; a traceback would hide it
         sys.exit(f"error: {error}")

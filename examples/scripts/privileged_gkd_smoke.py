@@ -40,7 +40,7 @@ ROWS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="path or Hub id; default: the built-in demo model")
+    parser.add_argument("--model", "--model_name_or_path", help="path or Hub id; default: the built-in demo model")
     parser.add_argument("--output_dir", default=None, help="default: a temporary folder")
     args = parser.parse_args()
 

@@ -20,7 +20,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from ..config import PrivilegedGKDConfig
-from ..data.named import model_path
+from ..data.named import model_name, model_path
 from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
 from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
@@ -272,8 +272,10 @@ class Parser(TrlParser):
 
 
 def _own_recipe(flags: argparse.Namespace) -> str | None:
-    """What a run was told, as the recipe of its --resume, where no other is named; None without such a file."""
-    if getattr(flags, "resume", None) is not True or not isinstance(getattr(flags, "output_dir", None), str):
+    """What a run was told, as the recipe of its --resume (or --resume_from_checkpoint), where no other is named; None
+    without such a file."""
+    resumed = getattr(flags, "resume", None) is True or isinstance(getattr(flags, "resume_from_checkpoint", None), str)
+    if not resumed or not isinstance(getattr(flags, "output_dir", None), str):
         return None
     recipe = Path(flags.output_dir) / RECIPE_FILE
     return str(recipe) if recipe.is_file() else None
@@ -409,7 +411,7 @@ def parse_train(
         missing.append("data: --dataset_name FILE_OR_DIRECTORY_OR_HUB_NAME")
     if missing:
         raise ConfigError("missing is " + ", and ".join(missing) + f"; or a recipe: {prog} --config RECIPE.yaml")
-    model.model_name_or_path = model_path(str(model.model_name_or_path))
+    model.model_name_or_path = model_name(model_path(str(model.model_name_or_path)))
     if model.dtype is not None or model.attn_implementation or model.model_revision:
         given = {
             "dtype": model.dtype,

@@ -105,8 +105,8 @@ def _run(
     data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any]
 ) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
     folder = Path(str(config.output_dir))
-    checkpoint = check_run_folder(folder, resume=data.resume, overwrite=data.overwrite, clear=False)
-    checkpoint = checkpoint or config.resume_from_checkpoint
+    resume = config.resume_from_checkpoint or data.resume
+    checkpoint = check_run_folder(folder, resume=resume, overwrite=data.overwrite, clear=False)
     if checkpoint:
         choose_as_before(config, folder)
         stop_if_finished(folder, checkpoint, model, config)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,7 +70,7 @@ def with_feedback(
         rows: after the rollout; rows of one source (``num_generations`` > 1) stand together.
         sources: the data row of each.
         without: what becomes of a row without feedback: ``anchor`` (the teacher reads what the student reads) or
-            ``skip`` (it is left out; where none has any, one anchor stays, so that there is a step).
+            ``skip`` (it is left out; where none has any, one row stays that does not count, so that there is a step).
 
     Raises:
         ConfigError: `without` is neither. DataError: what the function returned cannot be used as PI.
@@ -84,7 +85,11 @@ def with_feedback(
             last += 1
         made += _of_one_source(rows[first:last], sources[first], feedback, collator, without)
         first = last
-    return made or with_feedback(rows[:1], sources[:1], lambda row, answers: None, collator)
+    return made or [_standing_in(rows[0])]
+
+
+def _standing_in(row: Row) -> Row:
+    return replace(row, teacher_prompt=row.prompt, has_privileged=False, privileged_tokens_cut=0, counts=False)
 
 
 def _of_one_source(

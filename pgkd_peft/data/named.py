@@ -8,6 +8,7 @@ prompts of that package. Any other name is left to :func:`pgkd_peft.data.load.lo
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,6 +84,12 @@ def own_held_out(name: str, split: str) -> tuple[str, str] | None:
 def split_of(name: str, split: str) -> str:
     """`split`, or the one split that a single file has."""
     return "train" if Path(data_path(name)).is_file() else split
+
+
+def model_name(model: Any) -> Any:
+    """What names a model, as text without a slash at its end; a loaded model, or None, as it is."""
+    name = os.fspath(model) if isinstance(model, os.PathLike) else model
+    return name.rstrip("/") or name if isinstance(name, str) else name
 
 
 def model_path(name: str) -> str:

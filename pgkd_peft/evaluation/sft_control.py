@@ -14,6 +14,7 @@ from ..base_trainer import RunTrainer
 from ..config import PrivilegedGKDConfig
 from ..data.check import checked_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
+from ..data.named import model_name
 from ..errors import ConfigError, explained
 from ..model.architecture import zero_dropout
 from ..model.student import build_student, context_length, embedding_rows, find_tokenizer, hidden_size
@@ -41,6 +42,7 @@ class SFTControlTrainer(RunTrainer):
         peft_config: PeftConfig | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
     ):
+        model = model_name(model)
         show_log_lines(main_process=args.process_index == 0)
         tokenizer = find_tokenizer(model, None, args)
         context, vocabulary = context_length(model, args), embedding_rows(model, args)

@@ -23,6 +23,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..compare import Reading, compare, read_as, token_nll
 from ..data.collator import stop_ids
+from ..data.contexts import ContextBuilder
+from ..data.row import parse_row
 from ..errors import DataError, ModelError, explained
 from ..model.architecture import LINEAR, auto_class
 from ..model.cpu import guard_cpu_linear4bit
@@ -127,12 +129,13 @@ def read_prompts(run: AdapterRun, file: str | None) -> Prompts:
     if not path.is_file():
         raise DataError(f"--prompts {str(path)!r} is no file; give one with a prompt a line, as text or JSON")
     rows_, faults = [], []
+    key = (run.info.get("config") or {}).get("privileged_key", "privileged_messages")
     with explained(f"--prompts {str(path)!r} cannot be read as UTF-8 text", DataError):
         text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other ends of lines (U+2028)
         if line.strip():
             try:
-                rows_.append(_prompt_row(line))
+                rows_.append(_prompt_row(line, key))
             except ValueError as error:
                 faults.append(f"{path}, line {number}: {error}")
     if faults or not rows_:
@@ -141,16 +144,22 @@ def read_prompts(run: AdapterRun, file: str | None) -> Prompts:
     return Prompts(tuple(kept), f"{source} ({len(kept)} of {len(rows_)})")
 
 
-def _prompt_row(line: str) -> dict[str, Any]:
+def _prompt_row(line: str, privileged_key: str) -> dict[str, Any]:
+    """The row of a line, which training could read as well.
+
+    Raises:
+        ValueError: it is no prompt.
+    """
     if not line.lstrip().startswith("{"):
         return {"messages": [{"role": "user", "content": line.strip()}]}
     row = json.loads(line)
-    messages = row.get("messages", row.get("prompt"))
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+    prompt = row.get("prompt")
+    messages = row.get("messages") or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    if not messages:
         raise ValueError(f"needs 'messages' (a list of turns) or 'prompt', has {', '.join(row) or 'nothing'}")
-    return {**row, "messages": messages}
+    row["messages"] = messages
+    parse_row(row, privileged_key)
+    return row
 
 
 class TrainedModel:
@@ -286,17 +295,15 @@ def build_sequences(
     """Each prompt with the model's greedy continuation, and with the row's own answer where it has one."""
     sequences = []
     prompt_ids = []
+    builder = ContextBuilder(tokenizer) if tokenizer.chat_template else None
     for row in prompts.rows:
-        messages = row["messages"]
-        answer = messages[-1] if messages[-1]["role"] == "assistant" else None
-        ids = _render(tokenizer, row, messages[:-1] if answer else messages)
+        ids, answer = _without_pi(tokenizer, builder, row)
         if len(ids) > MAX_PROMPT_TOKENS:
             continue
         prompt_ids.append(ids)
-        if answer and isinstance(answer.get("content"), str):
-            text = tokenizer(answer["content"] + (tokenizer.eos_token or ""), add_special_tokens=False)
-            own = text["input_ids"][: 4 * max_new_tokens]
-            sequences.append(Sequence((*ids, *own), len(ids), True))
+        if answer:
+            own = tokenizer(answer + (tokenizer.eos_token or ""), add_special_tokens=False)["input_ids"]
+            sequences.append(Sequence((*ids, *own[: 4 * max_new_tokens]), len(ids), True))
     if not prompt_ids:
         raise DataError(
             f"every prompt is longer than {MAX_PROMPT_TOKENS} tokens; give shorter ones with --prompts FILE"
@@ -313,18 +320,23 @@ def build_sequences(
     return sequences
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], messages: list[dict[str, Any]]) -> list[int]:
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=row.get("tools"),
-            add_generation_prompt=True,
-            tokenize=False,
-            **(row.get("chat_template_kwargs") or {}),
-        )
+def _without_pi(
+    tokenizer: PreTrainedTokenizerBase, builder: ContextBuilder | None, row: dict[str, Any]
+) -> tuple[list[int], str]:
+    """The ids of a row's prompt as training makes it for the student, and the text of the row's own answer ("": none).
+
+    Args:
+        builder: None where there is no chat template; then the turns' texts stand one below the other.
+    """
+    shown = {name: row.get(name) for name in ("messages", "tools", "chat_template_kwargs")}
+    if builder is None:
+        parsed = parse_row(shown, "")
+        text, answer = "\n".join(message["content"] for message in parsed.messages), parsed.answer
     else:
-        text = "\n".join(m["content"] for m in messages)
-    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        contexts = builder.build(shown)
+        text = builder.render(contexts.student, contexts.tools, contexts.chat_template_kwargs)
+        answer = contexts.answer
+    return tokenizer(text, add_special_tokens=builder is None)["input_ids"], answer["content"] if answer else ""
 
 
 def use_float32_arithmetic(model: nn.Module) -> None:

@@ -135,12 +135,12 @@ def finished_at(run_dir: str | os.PathLike, checkpoint: str | os.PathLike, args:
 
 
 def check_run_folder(
-    output_dir: str | os.PathLike, *, resume: bool = False, overwrite: bool = False, clear: bool = True
+    output_dir: str | os.PathLike, *, resume: str | bool = False, overwrite: bool = False, clear: bool = True
 ) -> str | None:
     """Decide what happens with a folder that may hold a run already.
 
     Args:
-        resume: continue the run there.
+        resume: continue the run there, from its last checkpoint or from the one of this folder.
         overwrite: remove what a run has left there (checkpoints, adapter, logs; other files stay).
         clear: do so now; else the caller does, with :func:`clear_run_folder`, once the new run is sure to start.
 
@@ -152,11 +152,11 @@ def check_run_folder(
     """
     folder = Path(output_dir)
     if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other; keep one.")
+        raise ConfigError("--resume (or --resume_from_checkpoint) and --overwrite exclude each other; keep one.")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {str(folder)!r} is a file; give a folder.")
     if resume:
-        return find_checkpoint(folder, True)
+        return find_checkpoint(folder, resume)
     if int(os.environ.get("RANK", "0")) > 0:  # the first process decides
         return None
     old = [p.name for p in reversed(checkpoints(folder))]

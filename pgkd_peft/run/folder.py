@@ -44,6 +44,19 @@ CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 TRAINING_ARGS = "training_args.bin"
 STATE_FILE = "trainer_state.json"
 
+# What a run uploads to the Hub: the adapter and what one needs to use it. Its logs, rows and traces hold the data and
+# the PI, so nothing goes that is not named here (and by the tokenizer's own vocabulary files).
+HUB_FILES = (
+    *(ADAPTER_FILE, ADAPTER_CONFIG, CARD_FILE, "generation_config.json"),
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *(CHAT_TEMPLATE, f"{CHAT_TEMPLATES}/*.jinja"),
+)
+# And of a checkpoint (hub_strategy), what training goes on from.
+HUB_STATE_FILES = (
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", STATE_FILE),
+    *("teacher.safetensors", "progress_*.json"),
+)
+
 # Where rollout servers load the adapter from; gone when training has ended.
 ROLLOUT_FOLDER = ".rollout_adapter"
 
