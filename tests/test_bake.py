@@ -121,6 +121,14 @@ def test_a_question_that_nothing_follows_is_kept_as_text():
     assert [p.text for p in passages] == ["The tower is red.", "Who built it all?", "It is blue and tall."]
 
 
+@pytest.mark.parametrize("line", ["---", "==="])
+def test_a_line_under_a_heading_is_no_heading(line):
+    text = f"# Harbour\n{line}\nThe tower is red.\n\n```\na = b\n\n```\n{line}\n\nIt is old and tall."
+    passages = split_documents([("a.md", text)])
+    assert {p.headings for p in passages} == {("Harbour",)}
+    assert "The tower is red." in passages[0].text
+
+
 def test_a_prompt_is_split_into_its_rules():
     assert rules("Be brief.\nNever use lists.") == ["Be brief.", "Never use lists."]
     assert rules("Be brief. Never use lists.") == ["Be brief.", "Never use lists."]
@@ -512,6 +520,15 @@ def test_a_passage_longer_than_the_context_is_refused_by_name(base, tmp_path, ca
     argv = ["bake", "--model_name_or_path", base, "--output_dir", str(tmp_path / "out"), "--document", str(document)]
     assert cli.main([*argv, "--base_quantization", "none"]) == 2
     assert "passage 0 of long.md" in capsys.readouterr().err
+
+
+def test_a_long_line_is_a_prompt_and_no_name_of_a_file(tmp_path):
+    words = "Answer in one sentence. " * 20
+    assert read.prompt_text(words) == words.strip()
+    with pytest.raises(DataError, match="does not exist"):
+        read.documents([words])
+    with pytest.raises(DataError, match="does not exist"):
+        read.requests(words)
 
 
 def test_own_requests_come_from_text_or_jsonl(tmp_path):

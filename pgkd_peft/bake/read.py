@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
     files: list[tuple[str, Path]] = []
     for given in paths:
         path = Path(given)
-        if path.is_dir():
+        if os.path.isdir(given):  # False, not an error, for what no file can be called
             known = {suffix for suffix in (*TEXT, *CONVERTED) if suffix}
             there = sorted(p for p in path.rglob("*") if p.is_file())
             found = [p for p in there if p.suffix.lower() in known]
@@ -35,7 +36,7 @@ def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
                 shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
                 logger.warning("Left out of %s, as they are no documents: %s.", given, shown)
             files += [(str(p.relative_to(path)), p) for p in found]
-        elif path.is_file():
+        elif os.path.isfile(given):
             files.append((path.name, path))
         else:
             raise DataError(f"--document {given!r} does not exist; give text files, or a folder of them")
@@ -90,7 +91,7 @@ def prompt_text(given: str) -> str:
         DataError: it is empty, or looks like a file that is not there.
     """
     path = Path(given)
-    if len(given) < 4096 and "\n" not in given and path.is_file():
+    if os.path.isfile(given):  # False, not an error, for words too long to be a name
         return read_text(path).strip()
     if "\n" not in given and " " not in given and (path.suffix in TEXT[:-1] or "/" in given):
         raise DataError(f"--system_prompt {given!r} does not exist; give a text file, or the prompt itself")
@@ -106,7 +107,7 @@ def requests(path: str) -> list[str]:
         DataError: names the line that cannot be used.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"--requests {path!r} does not exist; give a text file with a request a line, or JSONL")
     found = []
     for number, line in enumerate(read_text(file, REQUESTS).splitlines(), start=1):

@@ -61,7 +61,7 @@ def _paragraphs(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
     asked, answered = "", False
     block: list[str] = []
     fenced = False
-    single, blank = False, True  # the line before is the first of its block; it is blank
+    single, blank = False, True  # the line before is words, the first of its block; it is blank
     for line in [*text.splitlines(), ""]:
         if _FENCE.match(line):
             fenced = not fenced
@@ -89,7 +89,8 @@ def _paragraphs(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
             headings = [(level, name) for level, name in headings if level < depth] + [(depth, title)]
         elif line.strip() or fenced:
             block.append(line)
-        single, blank = blank and bool(line.strip()), not line.strip()
+        single = blank and not depth and any(char.isalnum() for char in line)
+        blank = not line.strip()
     if any(char.isalnum() for char in "".join(block)):
         yield _path(headings, asked), "\n".join(block).strip()
     elif asked and not answered:
