@@ -20,7 +20,7 @@ from tiny import STRICT, byte_tokenizer, save_tiny
 from pgkd_peft import DataCollatorForPrivilegedGKD, cli
 from pgkd_peft.bake import ask, coverage, pipeline, read
 from pgkd_peft.bake.keep import SYSTEMS, Keeper, systems_of
-from pgkd_peft.bake.questions import Question, read_questions
+from pgkd_peft.bake.questions import Question, read_questions, write_questions
 from pgkd_peft.bake.server import ServerWriter, WriterError
 from pgkd_peft.bake.split import Passage, asked_in, rules, split_documents
 from pgkd_peft.errors import DataError
@@ -171,6 +171,18 @@ def test_what_the_user_edits_is_read_and_what_is_wrong_named(tmp_path):
         read_questions(path, 2)
     path.write_text('{"question": "Who is there?", "passage": 1, "use": "dropped"}\n')
     assert read_questions(path, 2) == [Question("Who is there?", passage=1, use="dropped")]
+
+
+def test_a_line_of_questions_ends_at_a_line_feed_alone(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    questions = [Question("Is one\u2028line two?", passage=0), Question("Is\x85it?", passage=0)]
+    write_questions(path, questions)
+    assert read_questions(path, 1) == questions
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_questions(path, 1) == questions
+    path.write_bytes('{"question": "Grüße?"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"questions\.jsonl is no UTF-8 text .*save it as UTF-8"):
+        read_questions(path, 1)
 
 
 # ---- the keeper, against plain arithmetic --------------------------------------------------------------------------
@@ -539,6 +551,12 @@ def test_own_requests_come_from_text_or_jsonl(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(DataError, match="line 1"):
         read.requests(str(tmp_path / "b.jsonl"))
+    line = '{"messages": [{"role": "user", "content": "%s"}]}\n'
+    (tmp_path / "C.JSONL").write_text(line % "One\u2028request", encoding="utf-8-sig")
+    assert read.requests(str(tmp_path / "C.JSONL")) == ["One\u2028request"]
+    (tmp_path / "d.jsonl").write_text(line % "Hello" + line % " ")
+    with pytest.raises(DataError, match="line 2: the request is empty"):
+        read.requests(str(tmp_path / "d.jsonl"))
 
 
 def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):

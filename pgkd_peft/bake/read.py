@@ -52,22 +52,29 @@ def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
     if path.suffix.lower() in CONVERTED:
         text = _converted(path)
     elif path.suffix.lower() in kinds:
-        raw = path.read_bytes()
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
-        if b"\0" in raw:
-            raise DataError(f"{path} is a binary file, no text; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is no UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-            ) from error
+        text = utf8_text(path)
     else:
         raise DataError(f"{path}: {path.suffix} cannot be read; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
     if not text.strip():
         raise DataError(f"{path} is empty; there is nothing to teach in it")
     return text
+
+
+def utf8_text(path: Path) -> str:
+    """What a file of text says, without the mark that some editors put first.
+
+    Raises:
+        DataError: it is binary, or not UTF-8.
+    """
+    raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    if b"\0" in raw:
+        raise DataError(f"{path} is a binary file, no text; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
 
 
 def _converted(path: Path) -> str:
@@ -93,7 +100,7 @@ def prompt_text(given: str) -> str:
     path = Path(given)
     if os.path.isfile(given):  # False, not an error, for words too long to be a name
         return read_text(path).strip()
-    if "\n" not in given and " " not in given and (path.suffix in TEXT[:-1] or "/" in given):
+    if "\n" not in given and " " not in given and (path.suffix.lower() in TEXT[:-1] or "/" in given):
         raise DataError(f"--system_prompt {given!r} does not exist; give a text file, or the prompt itself")
     if not given.strip():
         raise DataError("--system_prompt is empty; give a text file, or the prompt itself")
@@ -110,10 +117,10 @@ def requests(path: str) -> list[str]:
     if not os.path.isfile(path):
         raise DataError(f"--requests {path!r} does not exist; give a text file with a request a line, or JSONL")
     found = []
-    for number, line in enumerate(read_text(file, REQUESTS).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, REQUESTS).split("\n"), start=1):
         if not line.strip():
             continue
-        if file.suffix != ".jsonl":
+        if file.suffix.lower() != ".jsonl":
             found.append(line.strip())
             continue
         try:
@@ -123,4 +130,6 @@ def requests(path: str) -> list[str]:
             raise DataError(
                 f'{path}, line {number}: give {{"messages": [{{"role": "user", "content": "..."}}]}} in every line'
             ) from error
+        if not found[-1]:
+            raise DataError(f"{path}, line {number}: the request is empty; write one, or delete the line")
     return found
