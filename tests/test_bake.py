@@ -22,7 +22,7 @@ from pgkd_peft.bake import ask, coverage, pipeline, read
 from pgkd_peft.bake.keep import SYSTEMS, Keeper, systems_of
 from pgkd_peft.bake.questions import Question, read_questions, write_questions
 from pgkd_peft.bake.server import ServerWriter, WriterError
-from pgkd_peft.bake.split import Passage, asked_in, rules, split_documents
+from pgkd_peft.bake.split import Passage, asked_in, rules, sentences, split_documents, word_count
 from pgkd_peft.errors import DataError
 
 DOCUMENT = """# Harbour
@@ -119,6 +119,53 @@ def test_questions_of_a_document_stand_above_their_answers_and_are_asked():
 def test_a_question_that_nothing_follows_is_kept_as_text():
     passages = split_documents([("a.md", "The tower is red.\n\nWho built it all?\n\n# Next\n\nIt is blue and tall.")])
     assert [p.text for p in passages] == ["The tower is red.", "Who built it all?", "It is blue and tall."]
+
+
+def test_scripts_without_spaces_are_counted_by_letters():
+    assert word_count("The tower is red.") == 4
+    assert word_count("灯塔是紫色的。") == 3
+    assert word_count("หอไฟสีม่วง") == 4  # the marks above and below are no letters
+    sentence = "安默斯比的灯塔是紫色的，建于一九一一年。"
+    passages = split_documents([("a.txt", f"{sentence}\n\n{sentence * 12}")], most_words=30)
+    assert [p.text.count("。") for p in passages] == [1, *[3] * 4]
+    assert "".join(p.text for p in passages) == sentence * 13
+    asked = "安默斯比的灯塔是什么颜色的？"
+    (passage,) = split_documents([("a.txt", f"{asked}\n\n{sentence}")])
+    assert passage.headings == (asked,)
+    assert asked_in([passage]) == [(asked, passage)]
+
+
+def test_cutting_between_sentences_loses_no_quotation_mark():
+    assert sentences('He said "Go." Then he left. (It was late.) She stayed.') == [
+        'He said "Go." ',
+        "Then he left. ",
+        "(It was late.) ",
+        "She stayed.",
+    ]
+
+
+def test_a_line_of_tildes_under_a_title_is_no_fence():
+    text = "Harbour\n~~~~~~~\n\nThe tower is red.\n\nThe pier is blue.\n\nRun this\n~~~\na = 1\n\n# b = 2\n~~~\n"
+    passages = split_documents([("a.rst", text)])
+    assert [(p.headings, p.text) for p in passages] == [
+        (("Harbour",), "The tower is red."),
+        (("Harbour",), "The pier is blue."),
+        (("Harbour",), "Run this\n~~~\na = 1\n\n# b = 2\n~~~"),
+    ]
+
+
+def test_code_and_tables_are_cut_at_line_ends():
+    code = ["```", *(f"    x{i} = {i}. And" for i in range(12)), "", "- y", "- z", "```"]
+    table = [f"| row {i} | It weighs {i} kilograms. |" for i in range(12)]
+    prose = ["It is red. It is", "old."]
+    for lines in (code, table, [*prose, *code], ["- one", *code, "- two"]):
+        passages = split_documents([("a.md", "\n".join(lines))], most_words=20)
+        assert len(passages) > 2
+        assert all(any(char.isalnum() for char in p.text) for p in passages)
+        found = "\n".join(p.text for p in passages)
+        assert [line for line in found.split("\n") if line] == [
+            line for line in "\n".join(lines).replace("is\nold", "is old").split("\n") if line
+        ]
 
 
 @pytest.mark.parametrize("line", ["---", "==="])
