@@ -200,6 +200,36 @@ def test_questions_that_are_no_use(question, fault):
     assert ask.fault_of(question, passage, seen) == fault
 
 
+def test_questions_about_a_passage_without_names_or_long_words_are_kept(keeper):
+    passage = Passage(0, "a.md", (), "It is red.")
+    assert ask.fault_of("Is it red?", passage, ()) == ""
+    keeper.privileged = {0: passage.text}
+    assert keeper._fault(Question("What is it?", passage=0, answer="It is red."), True) == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "question"),
+    [
+        ("<think>What? Two?\n</think>\n\nWho is there? Ann.", "Who is there?"),
+        ("What? Two?\n</think>\nWho is there?", "Who is there?"),
+        ("Who <think>it is", ""),
+        ("灯塔是什么颜色的？是紫色的。", "灯塔是什么颜色的？"),
+        ("ما لون المنارة؟ بنفسجي.", "ما لون المنارة؟"),
+        ("说说灯塔。它很高", "说说灯塔。"),
+    ],
+)
+def test_the_first_sentence_that_asks(written, question):
+    assert ask.tidy(written) == question
+
+
+def test_requests_of_three_to_forty_words_in_any_script():
+    assert ask.tidy_request("请介绍一下\u3000北京的天气。") == "请介绍一下 北京的天气。"
+    assert ask.tidy_request("好的。") == ""
+    assert ask.tidy_request("天气" * 41) == ""
+    assert ask.fault_of("谁？", None, ()) == "no question"
+    assert ask.content_words("หอไฟ") == {"หอ", "อไ", "ไฟ"}
+
+
 def test_each_round_has_another_opening_and_more_goes_on_behind_them():
     first = ask.rounds(12)
     assert len(set(first)) == 12
@@ -521,6 +551,10 @@ def test_more_is_asked_about_what_was_hard_to_ask_about(tmp_path):
         ("The lighthouse at Port Ammersby is violet.", "Port Ammersby"),
         ("Since May the Lantern Fair of Sorrelby is held by Ann.", "May and Lantern Fair of Sorrelby"),
         ("It is violet.", "this"),
+        ("Das Büro grüßt, als Frau Weiß über die Brücke geht.", "Büro and Frau Weiß"),
+        ("Вчера маяк у Порта Амерсби горел.", "Порта Амерсби"),
+        ("المنارة في المدينة بنفسجية.", "this"),
+        ("등대는 보라색이고 높다.", "this"),
     ],
 )
 def test_what_to_ask_about_is_named(text, found):
