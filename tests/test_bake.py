@@ -700,6 +700,20 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, caplog):
     assert "a.md," not in caplog.text
 
 
+def test_a_folder_leaves_out_what_is_hidden_and_what_runs_have_written(tmp_path, caplog):
+    notes = tmp_path / "notes"
+    for name in ("a.md", "README.md", ".git/b.md", ".c.md", "run/README.md", "run/checkpoint-2/README.md", "sub/d.md"):
+        (notes / name).parent.mkdir(parents=True, exist_ok=True)
+        (notes / name).write_text("The lighthouse is violet.")
+    (notes / "run" / "run.json").write_text("{}")
+    found = [name for name, _ in read.documents([str(notes)])]
+    assert found == ["README.md", "a.md", str(Path("sub", "d.md"))]
+    assert "as they are no documents: .c.md, .git, run." in caplog.text
+    (notes / "bake.json").write_text("{}")  # a bake into the folder of its documents
+    assert [name for name, _ in read.documents([str(notes)])] == ["a.md", str(Path("sub", "d.md"))]
+    assert [name for name, _ in read.documents([str(notes / ".git")])] == ["b.md"]
+
+
 def test_html_is_read_with_its_headings(tmp_path):
     pytest.importorskip("markitdown")
     page = tmp_path / "a.html"

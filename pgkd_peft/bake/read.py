@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError, reason
+from ..run.folder import BAKE_FILE, RUN_FILE, is_checkpoint, is_run_file
 
 logger = logging.getLogger(__name__)
 
 TEXT = (".md", ".markdown", ".txt", ".rst", "")
 REQUESTS = (*TEXT, ".jsonl")
 CONVERTED = (".pdf", ".docx", ".html", ".htm", ".pptx")
+_KNOWN = {suffix for suffix in (*TEXT, *CONVERTED) if suffix}
 
 
 def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, text) of every file; of a folder all files of a known kind below it, sorted.
+    """(name, text) of every file; of a folder all files of a known kind below it, sorted, without hidden ones
+    and what runs have written.
 
     Raises:
         DataError: a file is missing, empty, no text, or of a kind that cannot be read; a folder holds none.
@@ -27,12 +30,10 @@ def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
     for given in paths:
         path = Path(given)
         if os.path.isdir(given):  # False, not an error, for what no file can be called
-            known = {suffix for suffix in (*TEXT, *CONVERTED) if suffix}
-            there = sorted(p for p in path.rglob("*") if p.is_file())
-            found = [p for p in there if p.suffix.lower() in known]
+            found, left_out = _below(path)
             if not found:
-                raise DataError(f"--document {given!r} is a folder without a document ({', '.join(sorted(known))})")
-            if others := [str(p.relative_to(path)) for p in there if p not in found]:
+                raise DataError(f"--document {given!r} is a folder without a document ({', '.join(sorted(_KNOWN))})")
+            if others := [str(p.relative_to(path)) for p in left_out]:
                 shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
                 logger.warning("Left out of %s, as they are no documents: %s.", given, shown)
             files += [(str(p.relative_to(path)), p) for p in found]
@@ -41,6 +42,30 @@ def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
         else:
             raise DataError(f"--document {given!r} does not exist; give text files, or a folder of them")
     return [(name, read_text(path)) for name, path in files]
+
+
+def _below(top: Path) -> tuple[list[Path], list[Path]]:
+    """(documents below a folder, what is left out there), sorted. A hidden folder, or one that holds a run, is left out
+    as a whole; where the folder itself holds one, its files are."""
+    found: list[Path] = []
+    others: list[Path] = []
+    is_run = _holds_run(top)
+    for place, folders, names in os.walk(top):
+        here = Path(place)
+        written = is_run and here == top
+        for name in [*folders]:
+            if name.startswith(".") or (written and is_checkpoint(name)) or _holds_run(here / name):
+                folders.remove(name)
+                others.append(here / name)
+        for path in (here / name for name in names):
+            ours = path.name.startswith(".") or (written and is_run_file(path.name))
+            if path.is_file():
+                (found if path.suffix.lower() in _KNOWN and not ours else others).append(path)
+    return sorted(found), sorted(others)
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (RUN_FILE, BAKE_FILE))
 
 
 def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
