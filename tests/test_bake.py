@@ -20,9 +20,9 @@ from tiny import STRICT, byte_tokenizer, save_tiny
 from pgkd_peft import DataCollatorForPrivilegedGKD, cli
 from pgkd_peft.bake import ask, coverage, pipeline, read
 from pgkd_peft.bake.keep import SYSTEMS, Keeper, systems_of
-from pgkd_peft.bake.questions import Question, read_questions
+from pgkd_peft.bake.questions import Question, read_questions, write_questions
 from pgkd_peft.bake.server import ServerWriter, WriterError
-from pgkd_peft.bake.split import Passage, asked_in, rules, split_documents
+from pgkd_peft.bake.split import Passage, asked_in, rules, sentences, split_documents, word_count
 from pgkd_peft.errors import DataError
 
 DOCUMENT = """# Harbour
@@ -121,6 +121,61 @@ def test_a_question_that_nothing_follows_is_kept_as_text():
     assert [p.text for p in passages] == ["The tower is red.", "Who built it all?", "It is blue and tall."]
 
 
+def test_scripts_without_spaces_are_counted_by_letters():
+    assert word_count("The tower is red.") == 4
+    assert word_count("灯塔是紫色的。") == 3
+    assert word_count("หอไฟสีม่วง") == 4  # the marks above and below are no letters
+    sentence = "安默斯比的灯塔是紫色的，建于一九一一年。"
+    passages = split_documents([("a.txt", f"{sentence}\n\n{sentence * 12}")], most_words=30)
+    assert [p.text.count("。") for p in passages] == [1, *[3] * 4]
+    assert "".join(p.text for p in passages) == sentence * 13
+    asked = "安默斯比的灯塔是什么颜色的？"
+    (passage,) = split_documents([("a.txt", f"{asked}\n\n{sentence}")])
+    assert passage.headings == (asked,)
+    assert asked_in([passage]) == [(asked, passage)]
+
+
+def test_cutting_between_sentences_loses_no_quotation_mark():
+    assert sentences('He said "Go." Then he left. (It was late.) She stayed.') == [
+        'He said "Go." ',
+        "Then he left. ",
+        "(It was late.) ",
+        "She stayed.",
+    ]
+
+
+def test_a_line_of_tildes_under_a_title_is_no_fence():
+    text = "Harbour\n~~~~~~~\n\nThe tower is red.\n\nThe pier is blue.\n\nRun this\n~~~\na = 1\n\n# b = 2\n~~~\n"
+    passages = split_documents([("a.rst", text)])
+    assert [(p.headings, p.text) for p in passages] == [
+        (("Harbour",), "The tower is red."),
+        (("Harbour",), "The pier is blue."),
+        (("Harbour",), "Run this\n~~~\na = 1\n\n# b = 2\n~~~"),
+    ]
+
+
+def test_code_and_tables_are_cut_at_line_ends():
+    code = ["```", *(f"    x{i} = {i}. And" for i in range(12)), "", "- y", "- z", "```"]
+    table = [f"| row {i} | It weighs {i} kilograms. |" for i in range(12)]
+    prose = ["It is red. It is", "old."]
+    for lines in (code, table, [*prose, *code], ["- one", *code, "- two"]):
+        passages = split_documents([("a.md", "\n".join(lines))], most_words=20)
+        assert len(passages) > 2
+        assert all(any(char.isalnum() for char in p.text) for p in passages)
+        found = "\n".join(p.text for p in passages)
+        assert [line for line in found.split("\n") if line] == [
+            line for line in "\n".join(lines).replace("is\nold", "is old").split("\n") if line
+        ]
+
+
+@pytest.mark.parametrize("line", ["---", "==="])
+def test_a_line_under_a_heading_is_no_heading(line):
+    text = f"# Harbour\n{line}\nThe tower is red.\n\n```\na = b\n\n```\n{line}\n\nIt is old and tall."
+    passages = split_documents([("a.md", text)])
+    assert {p.headings for p in passages} == {("Harbour",)}
+    assert "The tower is red." in passages[0].text
+
+
 def test_a_prompt_is_split_into_its_rules():
     assert rules("Be brief.\nNever use lists.") == ["Be brief.", "Never use lists."]
     assert rules("Be brief. Never use lists.") == ["Be brief.", "Never use lists."]
@@ -145,6 +200,36 @@ def test_questions_that_are_no_use(question, fault):
     assert ask.fault_of(question, passage, seen) == fault
 
 
+def test_questions_about_a_passage_without_names_or_long_words_are_kept(keeper):
+    passage = Passage(0, "a.md", (), "It is red.")
+    assert ask.fault_of("Is it red?", passage, ()) == ""
+    keeper.privileged = {0: passage.text}
+    assert keeper._fault(Question("What is it?", passage=0, answer="It is red."), True) == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "question"),
+    [
+        ("<think>What? Two?\n</think>\n\nWho is there? Ann.", "Who is there?"),
+        ("What? Two?\n</think>\nWho is there?", "Who is there?"),
+        ("Who <think>it is", ""),
+        ("灯塔是什么颜色的？是紫色的。", "灯塔是什么颜色的？"),
+        ("ما لون المنارة؟ بنفسجي.", "ما لون المنارة؟"),
+        ("说说灯塔。它很高", "说说灯塔。"),
+    ],
+)
+def test_the_first_sentence_that_asks(written, question):
+    assert ask.tidy(written) == question
+
+
+def test_requests_of_three_to_forty_words_in_any_script():
+    assert ask.tidy_request("请介绍一下\u3000北京的天气。") == "请介绍一下 北京的天气。"
+    assert ask.tidy_request("好的。") == ""
+    assert ask.tidy_request("天气" * 41) == ""
+    assert ask.fault_of("谁？", None, ()) == "no question"
+    assert ask.content_words("หอไฟ") == {"หอ", "อไ", "ไฟ"}
+
+
 def test_each_round_has_another_opening_and_more_goes_on_behind_them():
     first = ask.rounds(12)
     assert len(set(first)) == 12
@@ -163,6 +248,18 @@ def test_what_the_user_edits_is_read_and_what_is_wrong_named(tmp_path):
         read_questions(path, 2)
     path.write_text('{"question": "Who is there?", "passage": 1, "use": "dropped"}\n')
     assert read_questions(path, 2) == [Question("Who is there?", passage=1, use="dropped")]
+
+
+def test_a_line_of_questions_ends_at_a_line_feed_alone(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    questions = [Question("Is one\u2028line two?", passage=0), Question("Is\x85it?", passage=0)]
+    write_questions(path, questions)
+    assert read_questions(path, 1) == questions
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_questions(path, 1) == questions
+    path.write_bytes('{"question": "Grüße?"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"questions\.jsonl is no UTF-8 text .*save it as UTF-8"):
+        read_questions(path, 1)
 
 
 # ---- the keeper, against plain arithmetic --------------------------------------------------------------------------
@@ -454,6 +551,10 @@ def test_more_is_asked_about_what_was_hard_to_ask_about(tmp_path):
         ("The lighthouse at Port Ammersby is violet.", "Port Ammersby"),
         ("Since May the Lantern Fair of Sorrelby is held by Ann.", "May and Lantern Fair of Sorrelby"),
         ("It is violet.", "this"),
+        ("Das Büro grüßt, als Frau Weiß über die Brücke geht.", "Büro and Frau Weiß"),
+        ("Вчера маяк у Порта Амерсби горел.", "Порта Амерсби"),
+        ("المنارة في المدينة بنفسجية.", "this"),
+        ("등대는 보라색이고 높다.", "this"),
     ],
 )
 def test_what_to_ask_about_is_named(text, found):
@@ -514,6 +615,15 @@ def test_a_passage_longer_than_the_context_is_refused_by_name(base, tmp_path, ca
     assert "passage 0 of long.md" in capsys.readouterr().err
 
 
+def test_a_long_line_is_a_prompt_and_no_name_of_a_file(tmp_path):
+    words = "Answer in one sentence. " * 20
+    assert read.prompt_text(words) == words.strip()
+    with pytest.raises(DataError, match="does not exist"):
+        read.documents([words])
+    with pytest.raises(DataError, match="does not exist"):
+        read.requests(words)
+
+
 def test_own_requests_come_from_text_or_jsonl(tmp_path):
     (tmp_path / "a.txt").write_text("How are you?\n\nWho is there?\n")
     assert read.requests(str(tmp_path / "a.txt")) == ["How are you?", "Who is there?"]
@@ -522,6 +632,12 @@ def test_own_requests_come_from_text_or_jsonl(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(DataError, match="line 1"):
         read.requests(str(tmp_path / "b.jsonl"))
+    line = '{"messages": [{"role": "user", "content": "%s"}]}\n'
+    (tmp_path / "C.JSONL").write_text(line % "One\u2028request", encoding="utf-8-sig")
+    assert read.requests(str(tmp_path / "C.JSONL")) == ["One\u2028request"]
+    (tmp_path / "d.jsonl").write_text(line % "Hello" + line % " ")
+    with pytest.raises(DataError, match="line 2: the request is empty"):
+        read.requests(str(tmp_path / "d.jsonl"))
 
 
 def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
@@ -582,6 +698,20 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, caplog):
     assert [name for name, _ in read.documents([str(tmp_path)])] == ["a.md", str(Path("sub", "a.md"))]
     assert "sub/table.xlsx" in caplog.text
     assert "a.md," not in caplog.text
+
+
+def test_a_folder_leaves_out_what_is_hidden_and_what_runs_have_written(tmp_path, caplog):
+    notes = tmp_path / "notes"
+    for name in ("a.md", "README.md", ".git/b.md", ".c.md", "run/README.md", "run/checkpoint-2/README.md", "sub/d.md"):
+        (notes / name).parent.mkdir(parents=True, exist_ok=True)
+        (notes / name).write_text("The lighthouse is violet.")
+    (notes / "run" / "run.json").write_text("{}")
+    found = [name for name, _ in read.documents([str(notes)])]
+    assert found == ["README.md", "a.md", str(Path("sub", "d.md"))]
+    assert "as they are no documents: .c.md, .git, run." in caplog.text
+    (notes / "bake.json").write_text("{}")  # a bake into the folder of its documents
+    assert [name for name, _ in read.documents([str(notes)])] == ["a.md", str(Path("sub", "d.md"))]
+    assert [name for name, _ in read.documents([str(notes / ".git")])] == ["b.md"]
 
 
 def test_html_is_read_with_its_headings(tmp_path):

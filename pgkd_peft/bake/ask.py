@@ -18,7 +18,7 @@ from torch import nn
 from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from ..model.load import base_of
 from ..rollout import generate, window_generator
-from .split import Passage
+from .split import QUESTION_MARKS, UNSPACED, Passage, word_count
 
 # Kind -> first words. Each round takes the next opening; a round asks once about every passage.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -206,26 +206,27 @@ class BaseWriter:
 
 
 def tidy(text: str) -> str:
-    """The first sentence that asks; "" where none came."""
-    line = text.strip().splitlines()[0].strip().strip('"*') if text.strip() else ""
-    end = line.find("?")
-    if end >= 0:
-        return line[: end + 1]
-    first = re.split(r"(?<=[.!])\s", line)[0]
-    return first if first.endswith((".", "!")) else ""
+    """The first sentence that asks, behind what a model thought before it; "" where none came."""
+    said = re.sub(r"(?s)<think>.*?(</think>|$)", "", text).rpartition("</think>")[2].strip()
+    line = said.splitlines()[0].strip().strip('"*') if said else ""
+    asked = re.match(f".*?[{''.join(QUESTION_MARKS)}]", line)
+    if asked:
+        return asked[0]
+    first = re.split(r"(?<=[.!])\s|(?<=[。！])", line)[0]
+    return first if first.endswith((".", "!", "。", "！")) else ""
 
 
 def is_about(question: str, passage: Passage) -> bool:
     """Whether a question names something of its passage: nobody can answer "Who is it?", nor "What is the ship called?"
-    where the passage speaks of one captain's ship. Where a passage has names, one of them must be there."""
-    asked = content_words(question)
-    return bool((names(passage.privileged) or content_words(passage.privileged)) & asked)
+    where the passage speaks of one captain's ship. Where a passage has names, one of them must be there; where it has
+    neither names nor words that could name something, every question is about it."""
+    known = names(passage.privileged) or content_words(passage.privileged)
+    return not known or bool(known & content_words(question))
 
 
 def names(text: str) -> set[str]:
     """Words with a capital that do not begin a sentence or a line, in lower case."""
-    found = re.findall(r"(?<![.!?:\n])[ \t(\"']+([^\W\d_a-z]\w+)", text)
-    return {word.lower() for word in found if not word.islower()} - _COMMON
+    return {word.lower() for word in _NAME.findall(text)} - _COMMON
 
 
 def subject(passage: Passage) -> str:
@@ -247,7 +248,9 @@ def subjects(passage: Passage) -> list[str]:
             del words[0]
         if words:
             found.append(" ".join(words))
-    return list(dict.fromkeys(found)) or [title for title in passage.headings if not title.endswith("?")][-1:]
+    return (
+        list(dict.fromkeys(found)) or [title for title in passage.headings if not title.endswith(QUESTION_MARKS)][-1:]
+    )
 
 
 def named(question: str, passage: Passage) -> str:
@@ -256,7 +259,10 @@ def named(question: str, passage: Passage) -> str:
     return f"{about[0]}: {question}" if about and question and not is_about(question, passage) else question
 
 
-_CAPITALISED = re.compile(r"[^\W\d_a-z][\w-]+(?: (?:of )?[^\W\d_a-z][\w-]+)*")
+_CAPITAL = "[" + "".join(filter(str.isupper, map(chr, range(0x2E80)))) + "]"  # scripts behind these have none
+_CAPITALISED = re.compile(rf"\b{_CAPITAL}[\w-]+(?: (?:of )?{_CAPITAL}[\w-]+)*")
+_NAME = re.compile(rf"(?<![.!?:\n])[ \t(\"']+({_CAPITAL}\w+)")
+_WORD = re.compile(r"[\w\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+")  # marks above and below Thai letters are no \w
 
 
 def content_words(text: str) -> set[str]:
@@ -265,8 +271,8 @@ def content_words(text: str) -> set[str]:
     In scripts without spaces every run of two characters counts as one.
     """
     found = set()
-    for word in re.findall(r"\w+", text):
-        if any(ord(char) > 0x2E7F for char in word):
+    for word in _WORD.findall(text):
+        if UNSPACED.search(word):
             found |= {word[i : i + 2] for i in range(len(word) - 1)} or {word}
         elif len(word) >= 5 or word[0].isupper() or any(char.isdigit() for char in word):
             found.add(word.lower())
@@ -287,7 +293,7 @@ def speaks_of_the_text(text: str) -> bool:
 
 def fault_of(question: str, passage: Passage | None, seen: Iterable[str]) -> str:
     """Why a question cannot be used, "" if it can."""
-    if len(question.split()) < 3 and not any(ord(char) > 0x2E7F for char in question):
+    if word_count(question) < 3:
         return "no question"
     if speaks_of_the_text(question):
         return "speaks of the text"
@@ -298,7 +304,7 @@ def fault_of(question: str, passage: Passage | None, seen: Iterable[str]) -> str
 
 def normal(question: str) -> str:
     """What two questions have in common that differ in spelling only."""
-    return " ".join(re.findall(r"\w+", question.lower()))
+    return " ".join(_WORD.findall(question.lower()))
 
 
 def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...]) -> list[tuple[str, str]]:
@@ -318,5 +324,5 @@ def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...
 
 def tidy_request(text: str) -> str:
     """The first line, "" where it is no request of three to forty words."""
-    line = text.strip().splitlines()[0].strip() if text.strip() else ""
-    return line if 3 <= len(line.split()) <= 40 and line.isprintable() else ""
+    line = " ".join(text.strip().splitlines()[0].split()) if text.strip() else ""  # a wide space is not printable
+    return line if 3 <= word_count(line) <= 40 and line.isprintable() else ""

@@ -179,8 +179,9 @@ class Keeper:
 
     def _informs(self, question: Question) -> bool:
         assert question.passage is not None
-        words = content_words(question.answer) & content_words(self.privileged[question.passage])
-        return bool(words - content_words(question.question))
+        known = content_words(self.privileged[question.passage])
+        new = content_words(question.answer) - content_words(question.question)
+        return not known or bool(new & known)
 
     def _foreign(self, question: Question) -> float:
         assert question.passage is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..run.jsonl import write_whole
+from .read import utf8_text
 
 USES = ("train", "heldout", "anchor", "dropped")
 
@@ -70,11 +71,11 @@ def read_questions(path: Path, passages: int) -> list[Question]:
         passages: how many there are.
 
     Raises:
-        DataError: names each line that cannot be used.
+        DataError: names each line that cannot be used, or the file where it is not UTF-8.
     """
     known = {f.name for f in fields(Question)}
     found, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(utf8_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError, reason
+from ..run.folder import BAKE_FILE, RUN_FILE, is_checkpoint, is_run_file
 
 logger = logging.getLogger(__name__)
 
 TEXT = (".md", ".markdown", ".txt", ".rst", "")
 REQUESTS = (*TEXT, ".jsonl")
 CONVERTED = (".pdf", ".docx", ".html", ".htm", ".pptx")
+_KNOWN = {suffix for suffix in (*TEXT, *CONVERTED) if suffix}
 
 
 def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, text) of every file; of a folder all files of a known kind below it, sorted.
+    """(name, text) of every file; of a folder all files of a known kind below it, sorted, without hidden ones
+    and what runs have written.
 
     Raises:
         DataError: a file is missing, empty, no text, or of a kind that cannot be read; a folder holds none.
@@ -25,21 +29,43 @@ def documents(paths: Sequence[str]) -> list[tuple[str, str]]:
     files: list[tuple[str, Path]] = []
     for given in paths:
         path = Path(given)
-        if path.is_dir():
-            known = {suffix for suffix in (*TEXT, *CONVERTED) if suffix}
-            there = sorted(p for p in path.rglob("*") if p.is_file())
-            found = [p for p in there if p.suffix.lower() in known]
+        if os.path.isdir(given):  # False, not an error, for what no file can be called
+            found, left_out = _below(path)
             if not found:
-                raise DataError(f"--document {given!r} is a folder without a document ({', '.join(sorted(known))})")
-            if others := [str(p.relative_to(path)) for p in there if p not in found]:
+                raise DataError(f"--document {given!r} is a folder without a document ({', '.join(sorted(_KNOWN))})")
+            if others := [str(p.relative_to(path)) for p in left_out]:
                 shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
                 logger.warning("Left out of %s, as they are no documents: %s.", given, shown)
             files += [(str(p.relative_to(path)), p) for p in found]
-        elif path.is_file():
+        elif os.path.isfile(given):
             files.append((path.name, path))
         else:
             raise DataError(f"--document {given!r} does not exist; give text files, or a folder of them")
     return [(name, read_text(path)) for name, path in files]
+
+
+def _below(top: Path) -> tuple[list[Path], list[Path]]:
+    """(documents below a folder, what is left out there), sorted. A hidden folder, or one that holds a run, is left out
+    as a whole; where the folder itself holds one, its files are."""
+    found: list[Path] = []
+    others: list[Path] = []
+    is_run = _holds_run(top)
+    for place, folders, names in os.walk(top):
+        here = Path(place)
+        written = is_run and here == top
+        for name in [*folders]:
+            if name.startswith(".") or (written and is_checkpoint(name)) or _holds_run(here / name):
+                folders.remove(name)
+                others.append(here / name)
+        for path in (here / name for name in names):
+            ours = path.name.startswith(".") or (written and is_run_file(path.name))
+            if path.is_file():
+                (found if path.suffix.lower() in _KNOWN and not ours else others).append(path)
+    return sorted(found), sorted(others)
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (RUN_FILE, BAKE_FILE))
 
 
 def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
@@ -51,22 +77,29 @@ def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
     if path.suffix.lower() in CONVERTED:
         text = _converted(path)
     elif path.suffix.lower() in kinds:
-        raw = path.read_bytes()
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
-        if b"\0" in raw:
-            raise DataError(f"{path} is a binary file, no text; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is no UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-            ) from error
+        text = utf8_text(path)
     else:
         raise DataError(f"{path}: {path.suffix} cannot be read; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
     if not text.strip():
         raise DataError(f"{path} is empty; there is nothing to teach in it")
     return text
+
+
+def utf8_text(path: Path) -> str:
+    """What a file of text says, without the mark that some editors put first.
+
+    Raises:
+        DataError: it is binary, or not UTF-8.
+    """
+    raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    if b"\0" in raw:
+        raise DataError(f"{path} is a binary file, no text; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
 
 
 def _converted(path: Path) -> str:
@@ -90,9 +123,9 @@ def prompt_text(given: str) -> str:
         DataError: it is empty, or looks like a file that is not there.
     """
     path = Path(given)
-    if len(given) < 4096 and "\n" not in given and path.is_file():
+    if os.path.isfile(given):  # False, not an error, for words too long to be a name
         return read_text(path).strip()
-    if "\n" not in given and " " not in given and (path.suffix in TEXT[:-1] or "/" in given):
+    if "\n" not in given and " " not in given and (path.suffix.lower() in TEXT[:-1] or "/" in given):
         raise DataError(f"--system_prompt {given!r} does not exist; give a text file, or the prompt itself")
     if not given.strip():
         raise DataError("--system_prompt is empty; give a text file, or the prompt itself")
@@ -106,13 +139,13 @@ def requests(path: str) -> list[str]:
         DataError: names the line that cannot be used.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"--requests {path!r} does not exist; give a text file with a request a line, or JSONL")
     found = []
-    for number, line in enumerate(read_text(file, REQUESTS).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, REQUESTS).split("\n"), start=1):
         if not line.strip():
             continue
-        if file.suffix != ".jsonl":
+        if file.suffix.lower() != ".jsonl":
             found.append(line.strip())
             continue
         try:
@@ -122,4 +155,6 @@ def requests(path: str) -> list[str]:
             raise DataError(
                 f'{path}, line {number}: give {{"messages": [{{"role": "user", "content": "..."}}]}} in every line'
             ) from error
+        if not found[-1]:
+            raise DataError(f"{path}, line {number}: the request is empty; write one, or delete the line")
     return found

@@ -5,16 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 MOST_WORDS = 60
 """Of a passage. A small model writes no usable question on six facts at once; a larger one does not mind."""
 LEAST_WORDS = 4
+QUESTION_MARKS = ("?", "？", "؟")
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\U0010ffff]")
+"""A character of a script that sets no spaces between words: Thai, Lao, Burmese, Khmer, and those of East Asia."""
 
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*\s*$")
-_UNDERLINE = re.compile(r"^(=|-)\1+\s*$")  # of the line above it, which is then a heading
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[^\W\d_a-z])")
+_UNDERLINES = "=-~"  # the outermost first
+_UNDERLINE = re.compile(r"^([-=~])\1+\s*$")  # of the line above it, which is then a heading
+_SENTENCE_END = re.compile(
+    r"""(?:(?<=[.!?؟])|(?<=[.!?؟]["')\]])|(?<=[.!?؟]["')\]]{2}))\s+(?=["'(\[]*[^\W\d_a-z])"""
+    r"|(?<=[。！？])(?![。！？”’」』）])\s*(?=\S)"
+)
 _LABELLED = re.compile(r"(?:^|\s)\W*(?:Q|Question)\s?\d*\s?[.:)]\W*\s(.*?\?)(?=\W*(?:\s|$))", re.IGNORECASE)
 _FENCE = re.compile(r"^\s*(```|~~~)")
+_TABLE = re.compile(r"^\s*\|")
+_ITEM = re.compile(r"\s*([-*+•]|\d+[.)])\s")
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,18 @@ class Passage:
         return f"{' > '.join(self.headings)}\n{self.text}" if self.headings else self.text
 
 
+def word_count(text: str) -> int:
+    """How many words a text has; two letters of a script without spaces count as one."""
+    unspaced = sum(char.isalnum() for char in UNSPACED.findall(text))
+    return len(UNSPACED.sub(" ", text).split()) + (unspaced + 1) // 2
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut behind its sentences; nothing is lost, what stands between two of them belongs to the first."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
+
+
 def split_documents(documents: Sequence[tuple[str, str]], *, most_words: int = MOST_WORDS) -> list[Passage]:
     """Passages of at most `most_words` words where sentences allow it, in reading order; nothing is left out but
     headings (which every passage carries) and lines without a letter or digit.
@@ -60,25 +82,25 @@ def _paragraphs(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
     headings: list[tuple[int, str]] = []
     asked, answered = "", False
     block: list[str] = []
-    fenced = False
-    single, blank = False, True  # the line before is the first of its block; it is blank
+    fence = ""
+    single, blank = False, True  # the line before is words, the first of its block; it is blank
     for line in [*text.splitlines(), ""]:
-        if _FENCE.match(line):
-            fenced = not fenced
-        heading = None if fenced else _HEADING.match(line)
+        under = _underline(line, block[-1]) if single and not fence else 0
+        fence = "" if under else _fence_after(line, fence)
+        heading = None if fence else _HEADING.match(line)
         depth, title = (len(heading[1]), heading[2]) if heading else (0, "")
-        if not fenced and single and (under := _UNDERLINE.match(line)):
-            depth, title = (1 if under[1] == "=" else 2), block.pop().strip()
-        if not fenced and (depth or not line.strip()):
-            words = " ".join(block).split()
-            last = words[-1].rstrip("\"'*_)") if words else ""
+        if under:
+            depth, title = under, block.pop().strip()
+        if not fence and (depth or not line.strip()):
+            words = " ".join(" ".join(block).split())
+            last = words.rstrip("\"'*_)”’」』）")
             least = LEAST_WORDS if answered or not asked else 1  # "Two crowns." is an answer
-            if depth or (len(words) >= least and not last.endswith(":")):
-                if last.endswith("?") and not depth:
-                    asked = " ".join(words) if answered or not asked else f"{asked} {' '.join(words)}"
+            if depth or (word_count(words) >= least and not last.endswith((":", "："))):
+                if last.endswith(QUESTION_MARKS) and not depth:
+                    asked = words if answered or not asked else f"{asked} {words}"
                     answered = False
-                elif any(char.isalnum() for char in "".join(words)):
-                    asked = "" if answered and _LABELLED.match(" ".join(words)) else asked  # the next, with its answer
+                elif any(char.isalnum() for char in words):
+                    asked = "" if answered and _LABELLED.match(words) else asked  # the next, with its answer
                     yield _path(headings, asked), "\n".join(block).strip()
                     answered = True
                 block = []
@@ -87,9 +109,10 @@ def _paragraphs(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
                 yield _path(headings), asked
             asked, answered = "", False
             headings = [(level, name) for level, name in headings if level < depth] + [(depth, title)]
-        elif line.strip() or fenced:
+        elif line.strip() or fence:
             block.append(line)
-        single, blank = blank and bool(line.strip()), not line.strip()
+        single = blank and not depth and any(char.isalnum() for char in line)
+        blank = not line.strip()
     if any(char.isalnum() for char in "".join(block)):
         yield _path(headings, asked), "\n".join(block).strip()
     elif asked and not answered:
@@ -100,33 +123,65 @@ def _path(headings: Sequence[tuple[int, str]], asked: str = "") -> tuple[str, ..
     return (*(title for _, title in headings), *([asked] if asked else []))
 
 
+def _underline(line: str, above: str) -> int:
+    """The depth of the heading that a line makes of the one above it, 0 where it makes none. Three ~ may also open a
+    block of code; they underline what is no longer than they are."""
+    found = _UNDERLINE.match(line)
+    if found is None or (found[1] == "~" and len(line.strip()) < len(above.strip())):
+        return 0
+    return _UNDERLINES.index(found[1]) + 1
+
+
+def _fence_after(line: str, fence: str) -> str:
+    """The fence of the block of code that is open behind a line, "" where none is."""
+    found = _FENCE.match(line)
+    mark = found[1] if found else ""
+    if not fence:
+        return mark
+    return "" if mark == fence else fence
+
+
 def _pieces(paragraph: str, most_words: int) -> Iterator[str]:
-    """A paragraph cut between list items or sentences; a sentence is never cut."""
-    if len(paragraph.split()) <= most_words:
+    """A paragraph cut between list items or sentences, in code and tables between lines; a sentence is never cut."""
+    if word_count(paragraph) <= most_words:
         yield paragraph
         return
-    lines = paragraph.splitlines()
-    is_list = sum(bool(re.match(r"\s*([-*+•]|\d+[.)])\s", line)) for line in lines) > 1
-    parts = _items(lines) if is_list else _SENTENCE_END.split(" ".join(lines))
-    piece: list[str] = []
-    for part in parts:
-        if piece and len(" ".join([*piece, part]).split()) > most_words:
-            yield ("\n" if is_list else " ").join(piece)
-            piece = []
-        piece.append(part)
+    piece = ""
+    for part in _parts(paragraph.split("\n"), most_words):
+        says = any(char.isalnum() for char in part)  # else it would be no passage
+        if piece and says and word_count(piece + part) > most_words:
+            yield piece.rstrip()
+            piece = ""
+        piece += part
     if piece:
-        yield ("\n" if is_list else " ").join(piece)
+        yield piece.rstrip()
 
 
-def _items(lines: Sequence[str]) -> list[str]:
-    """List items with their continuation lines."""
-    items: list[str] = []
+def _parts(lines: Sequence[str], most_words: int) -> Iterator[str]:
+    """List items with their continuation lines, lines of code and tables, and sentences, each with what stands behind
+    it; of a list item that is too long, its lines of code and its sentences."""
+    as_lines, fence = [], ""
     for line in lines:
-        if items and not re.match(r"\s*([-*+•]|\d+[.)])\s", line):
-            items[-1] += "\n" + line
-        else:
-            items.append(line)
-    return items
+        as_lines.append(bool(fence or _FENCE.match(line) or _TABLE.match(line)))
+        fence = _fence_after(line, fence)
+    items = [i for i, line in enumerate(lines) if _ITEM.match(line) and not as_lines[i]]
+    if len(items) > 1:
+        for start, end in pairwise(sorted({0, *items, len(lines)})):
+            item = "\n".join(lines[start:end]) + "\n"
+            too_long = word_count(item) > most_words and any(as_lines[start:end])
+            yield from _parts(lines[start:end], most_words) if too_long else [item]
+        return
+    prose: list[str] = []
+    for line, is_line in zip(lines, as_lines):
+        if not is_line:
+            prose.append(line)
+            continue
+        if prose:
+            yield from sentences(" ".join(prose) + "\n")
+            prose = []
+        yield line + "\n"
+    if prose:
+        yield from sentences(" ".join(prose))
 
 
 def asked_in(passages: Sequence[Passage]) -> list[tuple[str, Passage]]:
@@ -136,9 +191,9 @@ def asked_in(passages: Sequence[Passage]) -> list[tuple[str, Passage]]:
     for passage in passages:
         for text in (*passage.headings[-1:], " ".join(passage.text.split())):
             labelled = _LABELLED.findall(text)
-            for asked in labelled or _SENTENCE_END.split(text):
+            for asked in labelled or sentences(text):
                 question = asked.strip().strip("*_")
-                if question.endswith("?") and len(question.split()) >= LEAST_WORDS:
+                if question.endswith(QUESTION_MARKS) and word_count(question) >= LEAST_WORDS:
                     found.setdefault((passage.source, question), passage)
     return [(question, passage) for (_, question), passage in found.items()]
 
@@ -146,4 +201,4 @@ def asked_in(passages: Sequence[Passage]) -> list[tuple[str, Passage]]:
 def rules(prompt: str) -> list[str]:
     """The parts of a system prompt, for asking about them one by one: its lines, or the sentences of a single line."""
     lines = [line.strip() for line in prompt.splitlines() if any(char.isalnum() for char in line)]
-    return lines if len(lines) > 1 else [part.strip() for part in _SENTENCE_END.split(prompt) if part.strip()]
+    return lines if len(lines) > 1 else [part.strip() for part in sentences(prompt) if part.strip()]
