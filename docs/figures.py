@@ -142,9 +142,7 @@ def bake_ablations() -> str:
             what = "no anchors" if not line["anchors_asked"] else what
             what = f"{line['questions']} questions a passage asked for" if line["questions"] is not None else what
             runs[what] = line
-    rows = (
-        (what, str(run["train"]), str(run["anchor"]), *_bake_cells(run["seed"], run)) for what, run in runs.items()
-    )
+    rows = ((what, str(run["train"]), str(run["anchor"]), *_bake_cells(run["seed"], run)) for what, run in runs.items())
     return table(("facts", "questions", "anchors", *BAKE_HEAD), rows) if runs else "Not measured yet."
 
 
@@ -182,7 +180,8 @@ def step_lines(trainer: str, setting: tuple[str, int, int, int]) -> list[dict[st
     found = [
         line
         for line in lines("step.jsonl")
-        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"]) in STEP_COLUMNS.values()
+        if (line["quantization"], line["batch"], line["generations"], line["privileged_tokens"])
+        in STEP_COLUMNS.values()
         and (line["device"], line["model"]) == ("cpu", "smollm2-135m")
         and not line.get("shared")
         and line.get("epochs", 1) == 1

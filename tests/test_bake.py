@@ -536,6 +536,33 @@ def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
     assert rest[rest.index("--beta") + 1] == "0.5"
 
 
+def test_a_flag_counts_however_it_is_written(tmp_path):
+    from pgkd_peft.cli.arguments import parse_train
+    from pgkd_peft.cli.bake import parse
+
+    recipe = tmp_path / "bake.yaml"
+    recipe.write_text("output_dir: from-recipe\nmax_completion_length: 64\ngap_filter: true\ndry_run: false\n")
+    argv = [
+        "--config",
+        str(recipe),
+        "--model-name-or-path",
+        "M",
+        "--output-dir=given",
+        "--lr-scheduler-type",
+        "constant",
+    ]
+    argv += ["--document", "a.md", "--document=b.md", "--dry-run", "--no-gap-filter", "--writer-url", "u"]
+    args, rest = parse([*argv, "--writer_model", "m", "--overwrite", "false"])
+    assert (args.document, args.dry_run, args.gap_filter, args.writer_url) == (["a.md", "b.md"], True, False, "u")
+    data, _, config = parse_train([*rest, "--dataset_name", "bake"], prog="pgkd bake")
+    assert (config.output_dir, config.max_new_tokens, config.lr_scheduler_type) == ("given", 64, "constant")
+    assert not data.overwrite
+    _, rest = parse(
+        ["--system-prompt", "- Be brief.", "--max-new-tokens", "9", "--teacher_prompt_template", "{prompt}"]
+    )
+    assert rest.count("--max_new_tokens") == rest.count("--privileged_template") == 1
+
+
 def test_a_template_that_hides_the_user_s_turn_has_no_opening(make_trainer):
     trainer = make_trainer()
     writer = ask.BaseWriter(trainer.model, trainer.data_collator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -24,8 +25,9 @@ from ..run.folder import (
     RUN_FILE,
 )
 from ..run.jsonl import read_json, write_json
-from .arguments import Parser, parse_train, read_recipe
+from .arguments import TRAIN_ARGUMENTS, Parser, parse_train, read_recipe
 from .bake_training import train_and_judge
+from .trl_names import translate_flags, translate_recipe
 
 if TYPE_CHECKING:
     from ..bake.keep import Keeper
@@ -122,50 +124,67 @@ def parse(argv: Sequence[str]) -> tuple[BakeArguments, list[str]]:
     Raises:
         ConfigError: something is unknown, unfit or missing.
     """
-    own = {f.name for f in fields(BakeArguments)}
-    mine, rest = _divided(list(argv), own)
+    parser = Parser([BakeArguments], "pgkd bake", DESCRIPTION)
     if any(flag in ("-h", "--help") for flag in argv):
-        Parser([BakeArguments], "pgkd bake", DESCRIPTION).parse(["--help"])
-    given = {flag[2:].split("=")[0] for flag in rest if flag.startswith("--")}
-    if "dataset_name" in given:
+        parser.parse(["--help"])
+    told = _told(argv)
+    if "dataset_name" in told:
         raise ConfigError("dataset_name is for rows of your own (pgkd train); a bake writes them itself")
-    (args,) = Parser([BakeArguments], "pgkd bake", DESCRIPTION).parse(mine)
+    own = [f.name for f in fields(BakeArguments) if f.name in told]
+    (args,) = parser.parse([part for name in own for part in told.pop(name)])
     defaults = {**SETTINGS, "privileged_placement": "system"}
     if not args.is_prompt:
         defaults |= {"privileged_placement": "user", "privileged_template": DOCUMENT_TEMPLATE}
-    if "privileged_placement" in given:
+    if "privileged_placement" in told:
         defaults.pop("privileged_template", None)
-    flags = [part for key, value in defaults.items() if key not in given for part in (f"--{key}", str(value))]
-    return args, [*rest, *flags]
+    told |= {name: [f"--{name}", str(value)] for name, value in defaults.items() if name not in told}
+    return args, [part for flag in told.values() for part in flag]
 
 
-def _divided(argv: list[str], own: set[str]) -> tuple[list[str], list[str]]:
-    """Flags (with their values) that are ours, and the others; a recipe's keys come first, so that flags win."""
-    mine: list[str] = []
-    rest: list[str] = []
-    parts: list[list[str]] = []
-    for text in argv:
-        if text.startswith("--") or not parts:
-            parts.append([text])
+def _told(argv: Sequence[str]) -> dict[str, list[str]]:
+    """What recipe and flags say, by our own names (with underscores, not TRL's): each as the flag with its values."""
+    known = frozenset(action.dest for action in Parser([BakeArguments, *TRAIN_ARGUMENTS], "pgkd bake")._actions)
+    flags: dict[str, list[str]] = {}
+    for flag in grouped(translate_flags(argv, known)):
+        if not _FLAG.fullmatch(flag[0]):
+            raise ConfigError(f"unexpected argument {flag[0]!r}; values follow a flag, as in --document FILE")
+        name, equals, value = flag[0][2:].partition("=")
+        name = name.replace("-", "_")
+        values = [value] if equals else flag[1:]
+        if name == "document":
+            flags[name] = [*flags.get(name, ["--document"]), *values]
+        elif name == "no_gap_filter":
+            flags["gap_filter"] = ["--gap_filter", "false", *values]
         else:
-            parts[-1].append(text)
-    recipe: dict[str, Any] = {}
-    for part in parts:
-        name, _, value = part[0].partition("=")
-        if name == "--config":
-            recipe = read_recipe(value or (part[1] if len(part) > 1 else ""))
-            part.clear()
-    told = {part[0].partition("=")[0][2:] for part in parts if part}
-    for key, value in recipe.items():
-        if key in told or value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        parts.append([f"--{key}", *map(str, values)])
-    for part in parts:
-        if part:
-            name = part[0].partition("=")[0][2:]
-            (mine if name in own else rest).extend(part)
-    return mine, rest
+            flags[name] = [f"--{name}{equals}{value}", *flag[1:]]
+    if "config" not in flags:
+        return flags
+    path = flags.pop("config")[-1].removeprefix("--config").removeprefix("=")
+    recipe = translate_recipe(read_recipe(path), known)
+    settings = {str(key).replace("-", "_"): value for key, value in recipe.items() if value is not None}
+    return {**{name: _as_flag(name, value) for name, value in settings.items()}, **flags}
+
+
+_FLAG = re.compile(r"--\w[\w-]*(=.*)?", re.DOTALL)
+
+
+def grouped(argv: Sequence[str]) -> list[list[str]]:
+    """Each flag with the values behind it."""
+    groups: list[list[str]] = []
+    for text in argv:
+        if _FLAG.fullmatch(text) or not groups:
+            groups.append([text])
+        else:
+            groups[-1].append(text)
+    return groups
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    """A recipe's setting as a flag."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
 
 
 def bake(args: BakeArguments, train_flags: list[str]) -> int:
@@ -180,6 +199,8 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
         if data.overwrite:
             raise ConfigError("--more goes on from the bake that --overwrite would remove; give one of them")
         return more(args, train_flags, passages, folder)
+    if data.overwrite and data.resume:
+        raise ConfigError("--resume and --overwrite exclude each other; keep one.")
     begun = begin(args, passages, requests, {} if data.overwrite else read_json(folder / BAKE_FILE), folder)
 
     def accept() -> None:

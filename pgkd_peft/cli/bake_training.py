@@ -58,7 +58,7 @@ def train_and_judge(
     flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
     given = {flag[2:].split("=")[0] for flag in train_flags if flag.startswith("--")}
-    _, model_args, config = parse_train(flags, prog="pgkd bake")
+    data, model_args, config = parse_train(flags, prog="pgkd bake")
     if "learning_rate" not in given:
         rate = learning_rate(str(model_args.model_name_or_path), trust_remote_code=config.trust_remote_code)
         flags += ["--learning_rate", str(rate)]
@@ -69,9 +69,9 @@ def train_and_judge(
             state["max_steps"] = steps_that_fit(flags, folder, wanted, budget, console)
             write_json(folder / BAKE_FILE, state)
         flags += ["--max_steps", str(state["max_steps"])]
-    if checkpoints(folder) and not any(flag in given for flag in ("resume", "overwrite")):
-        flags += ["--resume", "true"]
-    elif (folder / RUN_FILE).is_file():
+    goes_on = bool(checkpoints(folder)) and not data.overwrite
+    flags += ["--resume", str(goes_on)]
+    if not goes_on and (folder / RUN_FILE).is_file():
         flags += ["--overwrite", "true"]
     data, model_args, config = parse_train(flags, prog="pgkd bake")
     trainer, held_out_rows = run_training(data, model_args, config, [deadline(budget, console)])
@@ -133,7 +133,7 @@ def steps_that_fit(flags: list[str], folder: Path, wanted: int, budget: pipeline
 
     probe = folder / ".probe"
     quick = ["--output_dir", str(probe), "--max_steps", "6", "--save_strategy", "no", "--overwrite", "true"]
-    quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0"]
+    quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0", "--resume", "false"]
     data, model_args, config = parse_train([*flags, *quick, "--disable_tqdm", "true"], prog="pgkd bake")
     before, ends = budget.spent, []
 
