@@ -411,6 +411,10 @@ def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_pa
     assert {q.use for q in questions} >= {"train"}
     assert not (tmp_path / "run" / "run.json").exists()
     asked = len(Fake.asked)
+    state = json.loads((tmp_path / "run" / "bake.json").read_text())
+    (tmp_path / "run" / "bake.json").write_text(json.dumps({**state, "asking": True}))  # as a kill leaves it
+    assert cli.main([*argv, "--dry_run"]) == 0
+    assert json.loads((tmp_path / "run" / "bake.json").read_text()) == state
     edited = [q for q in questions if q.use != "train"] + [q for q in questions if q.use == "train"][:3]
     lines = [json.dumps({"question": q.question, "passage": q.passage, "use": q.use}) for q in edited]
     lines.append(json.dumps({"question": "What colour is my own lighthouse?", "passage": 0, "use": "train"}))
@@ -585,6 +589,34 @@ def test_a_training_that_is_slower_than_measured_ends_in_time(base, server, tmp_
     assert "stopped after step 1 of 4" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 1
     assert (tmp_path / "run" / "coverage.json").is_file()
+
+
+def test_what_was_trained_but_not_judged_is_judged_by_the_next_call(base, server, tmp_path, monkeypatch):
+    from pgkd_peft import PrivilegedSelfDistillTrainer
+
+    document = tmp_path / "doc.md"
+    document.write_text(DOCUMENT)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(coverage, "measure", lambda *args, **kwargs: 1 / 0)
+        assert cli.main(flags(base, run, document, server)) != 0
+    adapter, info = (run / "adapter_model.safetensors").read_bytes(), (run / "run.json").read_text()
+    assert not (run / "coverage.json").exists()
+    (run / "eval_results.json").unlink(missing_ok=True)
+    monkeypatch.setattr(PrivilegedSelfDistillTrainer, "train", lambda *args, **kwargs: 1 / 0)  # it is not trained again
+    assert cli.main(flags(base, run, document, server)) == 0
+    assert (run / "adapter_model.safetensors").read_bytes() == adapter
+    assert (run / "run.json").read_text() == info
+    for name in ("coverage.json", "report.html", "eval_results.json"):
+        assert (run / name).is_file(), name
+    assert cli.main(flags(base, run, document, server)) == 2  # finished
+
+
+def test_a_run_that_is_no_bake_is_left_alone(base, tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "doc.md").write_text(DOCUMENT)
+    assert cli.main(flags(base, tmp_path, tmp_path / "doc.md", "http://127.0.0.1:1/v1")) == 2
+    assert "holds a run that is no bake" in capsys.readouterr().err
 
 
 def test_anchors_of_a_prompt_stand_under_another_system_turn(tmp_path):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..bake import pipeline, read
 from ..bake.split import MOST_WORDS, Passage, split_documents
 from ..errors import ConfigError, DataError
+from ..run.checkpoint import clear_run_folder
 from ..run.folder import (
     ADAPTER_FILE,
     ASKED_FILE,
@@ -30,8 +31,12 @@ from .bake_training import train_and_judge
 from .trl_names import translate_flags, translate_recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..bake.keep import Keeper
     from ..bake.questions import Question
+    from ..config import PrivilegedGKDConfig
+    from .arguments import ModelArguments
 
 DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
 sifted, an adapter is trained to answer them without the text, and what it took over is measured. Any setting of
@@ -187,13 +192,35 @@ def _as_flag(name: str, value: Any) -> list[str]:
     return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
 
 
+@dataclass
+class Job:
+    """What is asked about, and where it is written.
+
+    Attributes:
+        folder: the run's, or of `--more` one below it.
+        state: what stands in its ``bake.json``.
+        anew: what is in the folder is to go.
+    """
+
+    args: BakeArguments
+    passages: Sequence[Passage]
+    model: ModelArguments
+    config: PrivilegedGKDConfig
+    folder: Path
+    state: dict[str, Any]
+    plan: pipeline.Plan
+    budget: pipeline.Budget
+    console: Console
+    anew: bool = False
+
+
 def bake(args: BakeArguments, train_flags: list[str]) -> int:
     """The body of :func:`main`."""
     from rich.console import Console
 
     passages = read_passages(args)
     requests = read.requests(args.requests) if args.requests else []
-    data, model_args, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
+    data, model, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
     folder = Path(str(config.output_dir))
     if args.more:
         if data.overwrite:
@@ -201,32 +228,35 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
         return more(args, train_flags, passages, folder)
     if data.overwrite and data.resume:
         raise ConfigError("--resume and --overwrite exclude each other; keep one.")
-    begun = begin(args, passages, requests, {} if data.overwrite else read_json(folder / BAKE_FILE), folder)
+    before = {} if data.overwrite else read_json(folder / BAKE_FILE)
+    state = begin(args, passages, requests, before, folder)
+    if not data.overwrite:
+        check_folder(folder)
+    budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
+    plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
+    job = Job(args, passages, model, config, folder, state, plan, budget, Console(), data.overwrite)
+    questions, keeper = write_questions(job)
+    if args.dry_run:
+        job.console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
+        return 0
+    train_and_judge(train_flags, passages, (questions, keeper), folder, state, budget, job.console)
+    return 0
 
-    def accept() -> None:
-        if data.overwrite:
-            for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "more", ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / BAKE_FILE, begun)
 
-    if read_json(folder / RUN_FILE).get("finished") and not data.overwrite:
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where there is nothing to go on with: a finished bake, or a run that is none."""
+    if is_finished(folder):
         raise ConfigError(
             f"the bake in {str(folder)!r} is finished. --more asks about what was not taken over, --overwrite begins "
             "anew, pgkd report shows it."
         )
-    console = Console()
-    budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
-    plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
-    name = str(model_args.model_name_or_path)
-    base = (name, model_args, config)
-    questions, keeper = write_questions(args, passages, base, folder, plan, budget, console, accept)
-    if args.dry_run:
-        console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
-        return 0
-    train_and_judge(train_flags, passages, (questions, keeper), folder, begun, budget, console)
-    return 0
+    if (folder / RUN_FILE).is_file() and not (folder / BAKE_FILE).is_file():
+        raise ConfigError(f"{str(folder)!r} holds a run that is no bake. Use another --output_dir, or --overwrite.")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the bake was trained, and judged as well."""
+    return bool(read_json(folder / RUN_FILE).get("finished")) and (folder / COVERAGE_FILE).is_file()
 
 
 def read_passages(args: BakeArguments) -> list[Passage]:
@@ -278,18 +308,9 @@ def progress(console: Any) -> Iterator[Any]:
         yield tick
 
 
-def write_questions(
-    args: BakeArguments,
-    passages: Sequence[Passage],
-    base: tuple[str, Any, Any],
-    folder: Path,
-    plan: pipeline.Plan,
-    budget: pipeline.Budget,
-    console: Any,
-    accept: Callable[[], None] = lambda: None,
-) -> tuple[list[Question], Keeper]:
-    """Ask and judge, or take up what an earlier call and the user's edits have left; `accept` is called when the model
-    is there, before anything is written."""
+def write_questions(job: Job) -> tuple[list[Question], Keeper]:
+    """Ask and judge, or take up what an earlier call and the user's edits have left; nothing is written before the
+    model is there."""
     import torch
 
     from ..bake.ask import BaseWriter
@@ -301,7 +322,8 @@ def write_questions(
     from ..model.student import build_student, find_tokenizer
     from .arguments import lora_config, quantization_config
 
-    name, model_args, config = base
+    args, passages, config, state, console = job.args, job.passages, job.config, job.state, job.console
+    name = str(job.model.model_name_or_path)
     tokenizer = find_tokenizer(name, None, config)
     longest = max(len(tokenizer(p.privileged, add_special_tokens=False)["input_ids"]) for p in passages)
     config.max_privileged_length = max(config.max_privileged_length, longest + 8)
@@ -311,8 +333,8 @@ def write_questions(
     console.print(f"{len(passages)} passages, {sum(len(p.text.split()) for p in passages)} words", highlight=False)
     # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
     # dequantizing every weight for every token.
-    student, _ = build_student(name, config, lora_config(model_args), quantization_config(model_args, config))
-    accept()
+    student, _ = build_student(name, config, lora_config(job.model), quantization_config(job.model, config))
+    accept(job)
     engine = RolloutEngine(student, config.rollout_engine, base_of(student).get_input_embeddings().weight.dtype)
     with torch.no_grad(), engine.model() as model, progress(console) as tick:
         writer = BaseWriter(model, collator)
@@ -325,24 +347,35 @@ def write_questions(
             facts=not args.is_prompt,
             seed=config.seed,
         )
-        questions = pipeline.known_questions(folder, len(passages))
-        state = read_json(folder / BAKE_FILE)
+        questions = pipeline.known_questions(job.folder, len(passages))
         if questions is None or state.get("asking"):
             server = (
                 ServerWriter(args.writer_url, str(args.writer_model), key_env=args.writer_key_env)
                 if args.writer_url
                 else writer
             )
-            write_json(folder / BAKE_FILE, {**state, "asking": True})  # what is read in after a kill is not whole
-            questions = pipeline.Asking(folder, passages, server, writer, keeper, plan, budget, tick).run(
-                questions or []
-            )
-            write_json(folder / BAKE_FILE, state)
+            state["asking"] = True  # what is read in after a kill is not whole
+            write_json(job.folder / BAKE_FILE, state)
+            asking = pipeline.Asking(job.folder, passages, server, writer, keeper, job.plan, job.budget, tick)
+            questions = asking.run(questions or [])
+            del state["asking"]
+            write_json(job.folder / BAKE_FILE, state)
         else:
-            questions = pipeline.judge(folder, questions, keeper)
-    console.print(f"{pipeline.counted(questions)} [{budget.spent:.0f} s]", highlight=False, markup=False)
+            questions = pipeline.judge(job.folder, questions, keeper)
+    console.print(f"{pipeline.counted(questions)} [{job.budget.spent:.0f} s]", highlight=False, markup=False)
     keeper.model = None  # type: ignore[assignment]  # let go of, before training loads it again
     return questions, keeper
+
+
+def accept(job: Job) -> None:
+    """Make the folder ready, now that the model is there."""
+    if job.anew:
+        for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
+            (job.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(job.folder / "more", ignore_errors=True)
+        clear_run_folder(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_json(job.folder / BAKE_FILE, job.state)
 
 
 def check_context(name: str, collator: Any, passages: Sequence[Passage], config: Any) -> None:
@@ -385,18 +418,16 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
         )
         return 0
     target = folder / "more"
-    target.mkdir(exist_ok=True)
     flags = [*train_flags, "--output_dir", str(target)]
     _, model_args, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
     budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
     plan = pipeline.Plan(
         args.wanted, args.anchors, first_round=args.wanted, only=rest, is_prompt=args.is_prompt, seed=config.seed + 1
     )
-    base = (str(model_args.model_name_or_path), model_args, config)
-    questions, keeper = write_questions(args, passages, base, target, plan, budget, console)
+    state = read_json(target / BAKE_FILE) or {"kind": read_json(folder / BAKE_FILE).get("kind")}
+    questions, keeper = write_questions(Job(args, passages, model_args, config, target, state, plan, budget, console))
     earlier = pipeline.known_questions(folder, len(passages)) or []
     kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
     flags += ["--model_name_or_path", str(folder)]
-    state = read_json(target / BAKE_FILE) or {"kind": read_json(folder / BAKE_FILE).get("kind")}
     train_and_judge(flags, passages, ([*kept, *questions], keeper), target, state, budget, console)
     return 0

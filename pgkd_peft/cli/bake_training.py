@@ -12,6 +12,7 @@ from ..bake.split import Passage
 from ..run.checkpoint import checkpoints
 from ..run.folder import (
     ADAPTER_CONFIG,
+    ADAPTER_FILE,
     BAKE_FILE,
     BAKE_HELDOUT_FILE,
     BAKE_NEUTRAL_FILE,
@@ -23,8 +24,11 @@ from ..run.jsonl import read_json, write_json
 from .arguments import parse_train
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..bake.keep import Keeper
     from ..bake.questions import Question
+    from .arguments import DataArguments
 
 EPOCHS = 4.0
 LEAST_STEPS = 100
@@ -48,7 +52,6 @@ def train_and_judge(
     from ..evaluation.answers import measure_drift
     from ..view.report import write_report
     from .judge import judge
-    from .train import run_training
 
     questions, keeper = written
     train_rows, held_out, neutral = pipeline.rows_of(questions, keeper)
@@ -57,33 +60,16 @@ def train_and_judge(
     flags = [*train_flags, "--dataset_name", str(folder / BAKE_TRAIN_FILE)]
     flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
-    given = {flag[2:].split("=")[0] for flag in train_flags if flag.startswith("--")}
-    data, model_args, config = parse_train(flags, prog="pgkd bake")
-    if "learning_rate" not in given:
-        rate = learning_rate(str(model_args.model_name_or_path), trust_remote_code=config.trust_remote_code)
-        flags += ["--learning_rate", str(rate)]
-    if not given & {"max_steps", "num_train_epochs"}:
-        if "max_steps" not in state:
-            window = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            wanted = max(LEAST_STEPS, round(EPOCHS * len(train_rows) / window))
-            state["max_steps"] = steps_that_fit(flags, folder, wanted, budget, console)
-            write_json(folder / BAKE_FILE, state)
-        flags += ["--max_steps", str(state["max_steps"])]
-    goes_on = bool(checkpoints(folder)) and not data.overwrite
-    flags += ["--resume", str(goes_on)]
-    if not goes_on and (folder / RUN_FILE).is_file():
-        flags += ["--overwrite", "true"]
-    data, model_args, config = parse_train(flags, prog="pgkd bake")
-    trainer, held_out_rows = run_training(data, model_args, config, [deadline(budget, console)])
+    flags += rate_and_steps(flags, folder, len(train_rows), state, budget, console)
+    data, trainer, held_out_rows = trained(flags, folder, budget, console)
     if not trainer.is_world_process_zero():
         return
     if held_out_rows is not None:
         judge(trainer, held_out_rows, data)
     privileged = {passage.number: passage.privileged for passage in passages}
     found = coverage.measure(
-        trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=config.max_new_tokens
+        trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=trainer.args.max_new_tokens
     )
-    coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})
     if neutral:
         drift = measure_drift(trainer.model, trainer.contexts, neutral)
         state["drift"] = drift.kl
@@ -92,10 +78,53 @@ def train_and_judge(
         )
     rest = coverage.pale(found)
     write_json(folder / BAKE_FILE, {**state, "seconds": round(budget.spent, 1), "pale": rest})
+    coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})  # last: with it the bake is finished
     if rest:
         console.print(f"{len(rest)} of {len(passages)} passages were hardly taken over: --more asks about them again")
     console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)
     console.print(f"Next: pgkd chat {folder} --privileged_file TEXT    pgkd merge {folder} --out {folder}-merged")
+
+
+def rate_and_steps(
+    flags: list[str], folder: Path, rows: int, state: dict[str, Any], budget: pipeline.Budget, console: Any
+) -> list[str]:
+    """Flags for the learning rate and the number of steps, where they are not given; the steps are kept in `state`."""
+    given = {flag[2:].split("=")[0] for flag in flags if flag.startswith("--")}
+    _, model_args, config = parse_train(flags, prog="pgkd bake")
+    chosen: list[str] = []
+    if "learning_rate" not in given:
+        rate = learning_rate(str(model_args.model_name_or_path), trust_remote_code=config.trust_remote_code)
+        chosen += ["--learning_rate", str(rate)]
+    if not given & {"max_steps", "num_train_epochs"}:
+        if "max_steps" not in state:
+            window = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            wanted = max(LEAST_STEPS, round(EPOCHS * rows / window))
+            state["max_steps"] = steps_that_fit([*flags, *chosen], folder, wanted, budget, console)
+            write_json(folder / BAKE_FILE, state)
+        chosen += ["--max_steps", str(state["max_steps"])]
+    return chosen
+
+
+def trained(
+    flags: list[str], folder: Path, budget: pipeline.Budget, console: Any
+) -> tuple[DataArguments, Any, Dataset | None]:
+    """(arguments, trainer at its end, held-out rows); what an earlier call has trained is not trained again."""
+    from ..model.adapters import load_adapter
+    from .train import choose_as_before, load_datasets, make_trainer, run_training
+
+    data, model_args, config = parse_train(flags, prog="pgkd bake")
+    if read_json(folder / RUN_FILE).get("finished") and (folder / ADAPTER_FILE).is_file():
+        choose_as_before(config, folder)
+        train_dataset, held_out = load_datasets(data, config)
+        trainer = make_trainer(data, model_args, config, train_dataset, held_out, [])
+        load_adapter(trainer.model, folder)
+        return data, trainer, held_out
+    goes_on = bool(checkpoints(folder)) and not data.overwrite
+    flags = [*flags, "--resume", str(goes_on)]
+    if not goes_on and (folder / RUN_FILE).is_file():
+        flags += ["--overwrite", "true"]
+    data, model_args, config = parse_train(flags, prog="pgkd bake")
+    return data, *run_training(data, model_args, config, [deadline(budget, console)])
 
 
 def deadline(budget: pipeline.Budget, console: Any) -> Any:
