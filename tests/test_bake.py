@@ -612,6 +612,45 @@ def test_what_was_trained_but_not_judged_is_judged_by_the_next_call(base, server
     assert cli.main(flags(base, run, document, server)) == 2  # finished
 
 
+def test_more_goes_on_from_the_newest_and_stops_where_a_bake_does(base, server, tmp_path, monkeypatch, capsys):
+    from pgkd_peft.cli import bake as command
+
+    document, own = tmp_path / "doc.md", tmp_path / "own.txt"
+    document.write_text(DOCUMENT)
+    own.write_text("What colour is my lighthouse at Ammersby?\n")
+    run = tmp_path / "run"
+    argv = flags(base, run, document, server)
+    assert cli.main([*argv, "--dry_run"]) == 0
+    pale = {"passages": [{"number": 0, "recovered": 0.1}, {"number": 1, "recovered": 0.9}]}
+
+    def finish(folder):
+        for name, content in (("run.json", {"finished": True}), ("coverage.json", pale)):
+            (folder / name).write_text(json.dumps(content))
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+
+    finish(run)
+    trained = []
+    monkeypatch.setattr(command, "train_and_judge", lambda *args: (trained.append(args), finish(args[3])))
+    assert cli.main([*argv, "--more", "--dry_run", "--requests", str(own)]) == 0
+    assert not trained
+    asked = read_questions(run / "more" / "questions.jsonl", 2)
+    assert asked[0].question == own.read_text().strip()
+    assert {q.passage for q in asked} == {None, 0}
+    assert cli.main([*argv, "--more"]) == 2  # --requests is missing
+    assert cli.main([*argv, "--more", "--requests", str(own)]) == 0
+    assert cli.main([*argv, "--more"]) == 0
+    assert [args[3] for args in trained] == [run / "more", run / "more-2"]
+    for args, adapter in zip(trained, (run, run / "more")):
+        at = len(args[0]) - 1 - args[0][::-1].index("--model_name_or_path")
+        assert args[0][at + 1] == str(adapter)
+        assert "--lora_target_modules" not in args[0]
+    assert own.read_text().strip() in [q.question for q in trained[1][2][0]]
+    assert "--lora_target_modules: left aside" in " ".join(capsys.readouterr().out.split())
+    document.write_text(DOCUMENT + "\nOne more sentence about the harbour.\n")
+    assert cli.main([*argv, "--more"]) == 2
+    assert "another text" in capsys.readouterr().err
+
+
 def test_a_run_that_is_no_bake_is_left_alone(base, tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "doc.md").write_text(DOCUMENT)

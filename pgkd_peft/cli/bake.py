@@ -225,11 +225,11 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
     if args.more:
         if data.overwrite:
             raise ConfigError("--more goes on from the bake that --overwrite would remove; give one of them")
-        return more(args, train_flags, passages, folder)
+        return more(args, train_flags, passages, requests)
     if data.overwrite and data.resume:
         raise ConfigError("--resume and --overwrite exclude each other; keep one.")
     before = {} if data.overwrite else read_json(folder / BAKE_FILE)
-    state = begin(args, passages, requests, before, folder)
+    state = begin(args, passages, requests, model, before, folder)
     if not data.overwrite:
         check_folder(folder)
     budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
@@ -270,25 +270,38 @@ def read_passages(args: BakeArguments) -> list[Passage]:
 
 
 def begin(
-    args: BakeArguments, passages: Sequence[Passage], requests: Sequence[str], before: dict[str, Any], folder: Path
+    args: BakeArguments,
+    passages: Sequence[Passage],
+    requests: Sequence[str],
+    model: ModelArguments,
+    before: dict[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """What stands in ``bake.json``, compared with what an interrupted bake has left there.
 
     Raises:
         ConfigError: the folder holds a bake of something else.
     """
-    content = json.dumps(
-        [[p.privileged for p in passages], list(requests), args.wanted, args.anchors, args.writer_model]
-    )
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    subject = taught(passages, model)
+    digest = digest_of(*subject, list(requests), args.wanted, args.anchors, args.writer_model)
     if before and before.get("digest") != digest:
         raise ConfigError(
-            f"{str(folder)!r} holds a bake of another text, or with other --requests, --questions, --anchors or "
-            "--writer_model. Use another --output_dir, or --overwrite to begin anew."
+            f"{str(folder)!r} holds a bake of another text, or into another model, or with other --requests, "
+            "--questions, --anchors or --writer_model. Use another --output_dir, or --overwrite to begin anew."
         )
     kind = "system prompt" if args.is_prompt else "document"
     sources = sorted({passage.source for passage in passages})
-    return before or {"digest": digest, "passages": len(passages), "kind": kind, "sources": sources}
+    digests = {"digest": digest, "taught": digest_of(*subject)}
+    return before or {**digests, "passages": len(passages), "kind": kind, "sources": sources}
+
+
+def taught(passages: Sequence[Passage], model: ModelArguments) -> tuple[list[str], str]:
+    """What is taught to which model."""
+    return [passage.privileged for passage in passages], str(model.model_name_or_path)
+
+
+def digest_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -372,7 +385,8 @@ def accept(job: Job) -> None:
     if job.anew:
         for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
             (job.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(job.folder / "more", ignore_errors=True)
+        for path in rounds_of(job.folder)[1:]:
+            shutil.rmtree(path, ignore_errors=True)
         clear_run_folder(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / BAKE_FILE, job.state)
@@ -401,33 +415,71 @@ def check_context(name: str, collator: Any, passages: Sequence[Passage], config:
             )
 
 
-def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], folder: Path) -> int:
-    """Ask about the pale passages with openings not used yet, and train on from the adapter, in ``more/``."""
+def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], requests: Sequence[str]) -> int:
+    """Ask about the pale passages with openings not used yet, and train on from the newest adapter, in a folder below
+    that of the bake."""
     from rich.console import Console
 
     from ..bake import coverage
 
-    found = read_json(folder / COVERAGE_FILE)
-    if not found or not (folder / ADAPTER_FILE).is_file():
+    flags = [*train_flags, "--dataset_name", "bake"]
+    _, model, config = parse_train(flags, prog="pgkd bake")
+    folder = Path(str(config.output_dir))
+    if not is_finished(folder) or not (folder / ADAPTER_FILE).is_file():
         raise ConfigError(f"--more goes on from a finished bake, and there is none in {str(folder)!r}")
-    rest = coverage.pale(found)
+    if read_json(folder / BAKE_FILE).get("taught") != digest_of(*taught(passages, model)):
+        raise ConfigError(
+            f"{str(folder)!r} holds a bake of another text, or into another model; --more goes on from it"
+        )
+    folders = rounds_of(folder)
+    finished = [path for path in folders if is_finished(path)]
+    newest, number = finished[-1], len(finished)
+    target = folder / ("more" if number == 1 else f"more-{number}")
     console = Console()
+    rest = coverage.pale(read_json(newest / COVERAGE_FILE))
     if not rest:
         console.print(
             f"every passage was taken over by {coverage.PALE:.0%} or more; there is nothing pale to ask about"
         )
         return 0
-    target = folder / "more"
-    flags = [*train_flags, "--output_dir", str(target)]
-    _, model_args, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
+    flags = [*without_lora(train_flags, newest, console), "--output_dir", str(target)]
+    _, model, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
+    state = begin(args, passages, requests, model, read_json(target / BAKE_FILE), target)
+    earlier = [q for path in finished for q in pipeline.known_questions(path, len(passages)) or []]
+    asked = {question.question for question in earlier}
     budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
     plan = pipeline.Plan(
-        args.wanted, args.anchors, first_round=args.wanted, only=rest, is_prompt=args.is_prompt, seed=config.seed + 1
+        args.wanted,
+        args.anchors,
+        [request for request in requests if request not in asked],
+        first_round=args.wanted * number,
+        only=rest,
+        is_prompt=args.is_prompt,
+        seed=config.seed + number,
     )
-    state = read_json(target / BAKE_FILE) or {"kind": read_json(folder / BAKE_FILE).get("kind")}
-    questions, keeper = write_questions(Job(args, passages, model_args, config, target, state, plan, budget, console))
-    earlier = pipeline.known_questions(folder, len(passages)) or []
+    questions, keeper = write_questions(Job(args, passages, model, config, target, state, plan, budget, console))
+    if args.dry_run:
+        console.print(f"Read and edit {target / QUESTIONS_FILE}; the same command without --dry_run trains.")
+        return 0
     kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
-    flags += ["--model_name_or_path", str(folder)]
+    flags += ["--model_name_or_path", str(newest)]
     train_and_judge(flags, passages, ([*kept, *questions], keeper), target, state, budget, console)
     return 0
+
+
+def rounds_of(folder: Path) -> list[Path]:
+    """The folders of a bake and of each `--more` after it, as far as they are there."""
+    found = [folder]
+    while (path := folder / ("more" if len(found) == 1 else f"more-{len(found)}")).is_dir():
+        found.append(path)
+    return found
+
+
+def without_lora(flags: Sequence[str], adapter: Path, console: Console) -> list[str]:
+    """The flags without those of a LoRA: an adapter that is trained on brings its own."""
+    parts = grouped(flags)
+    dropped = [part for part in parts if part[0].startswith(("--lora_", "--use_rslora", "--use_dora"))]
+    if dropped:
+        names = ", ".join(part[0].partition("=")[0] for part in dropped)
+        console.print(f"{names}: left aside, {adapter} is trained on with its own LoRA", highlight=False, markup=False)
+    return [text for part in parts if part not in dropped for text in part]
