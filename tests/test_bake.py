@@ -452,6 +452,17 @@ def test_more_is_asked_about_what_was_hard_to_ask_about(tmp_path):
     assert asking.next_call(2, []) == ("nothing", [])
 
 
+def test_questions_are_asked_however_short_the_time_is(tmp_path, monkeypatch):
+    """Three calls write anchors; the clock, which is over from the start, ends asking after the one behind them."""
+    monkeypatch.setattr(pipeline, "judge", lambda folder, questions, keeper: questions)
+    writer = SimpleNamespace(collator=DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    plan, budget = pipeline.Plan(questions=400, anchors=144), pipeline.Budget(seconds=1e-9)
+    passages = split_documents([("a.md", DOCUMENT)])
+    asking = pipeline.Asking(tmp_path, passages, writer, writer, None, plan, budget, lambda *_: None)
+    asking._one = lambda kind, tasks, path, questions: [{"question": kind}]
+    assert [question.question for question in asking.run([])] == ["anchors"] * 3 + ["questions"]
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -109,7 +109,8 @@ class Asking:
         self.tried: Counter[int] = Counter()  # passage -> questions asked for
 
     def run(self, questions: list[Question]) -> list[Question]:
-        """Everything that was written, by this call and those before it, judged; ends early when the time is up.
+        """Everything that was written, by this call and those before it, judged; ends early when the time is up, but
+        not before the first call of questions.
 
         Args:
             questions: what an interrupted call has left in ``questions.jsonl``.
@@ -124,7 +125,7 @@ class Asking:
         while True:
             started = time.monotonic()
             if number == len(done):
-                if number > 1 and self.budget.is_over(SHARE_OF_ASKING, seconds):
+                if number > self.anchor_calls and self.budget.is_over(SHARE_OF_ASKING, seconds):
                     break
                 kind, tasks = self.next_call(number, questions)
                 if kind == "nothing":
