@@ -509,6 +509,10 @@ def test_bad_documents_are_named_before_a_model_is_loaded(tmp_path, capsys, name
         (["--system_prompt", "Be brief.", "--questions", "0"], "questions is 0"),
         (["--system_prompt", "Be brief.", "--minutes", "nan"], "minutes is nan"),
         (["--system_prompt", "Be brief.", "--writer_url", "http://127.0.0.1:1/v1"], "belong together"),
+        (
+            ["--system_prompt", "Be brief.", "--writer_url", "http://127.0.0.1:1/v1", "--writer_model", "any"],
+            "the model itself writes the requests",
+        ),
         (["--system_prompt", "Be brief.", "--dataset_name", "rows.jsonl"], "dataset_name is for rows of your own"),
         (["--system_prompt", "Be brief.", "--requests", "no-such.txt"], "does not exist"),
         (["--system_prompt", "Be brief.", "--more"], "there is none"),

@@ -108,6 +108,8 @@ class BakeArguments:
             )
         if (self.writer_url is None) != (self.writer_model is None):
             raise ConfigError("writer_url and writer_model belong together; give both, or neither")
+        if self.writer_url is not None and self.is_prompt:
+            raise ConfigError("with system_prompt the model itself writes the requests; leave out writer_url")
 
     @property
     def is_prompt(self) -> bool:
