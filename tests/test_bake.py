@@ -673,6 +673,16 @@ def test_a_run_that_is_no_bake_is_left_alone(base, tmp_path, capsys):
     assert "holds a run that is no bake" in capsys.readouterr().err
 
 
+def test_requests_for_a_prompt_are_written_where_the_template_has_no_system_turn(monkeypatch):
+    tokenizer = byte_tokenizer(STRICT)
+    writer = ask.BaseWriter.__new__(ask.BaseWriter)
+    writer.collator = DataCollatorForPrivilegedGKD(tokenizer, privileged_placement="system")
+    prompts = []
+    monkeypatch.setattr(writer, "write", lambda asked, *args, **kwargs: prompts.extend(asked) or [], raising=False)
+    ask.for_prompt("Be brief.", writer, 4, (0,))
+    assert tokenizer.decode(prompts[0]).endswith("user\nBe brief.\n\n")
+
+
 def test_anchors_of_a_prompt_stand_under_another_system_turn(tmp_path):
     passages = [Passage(0, "system prompt", (), "Be brief.")]
     found = pipeline.sift([Question("What is rain?"), Question("What is snow?", passage=0)], passages, is_prompt=True)
