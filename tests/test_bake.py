@@ -543,6 +543,18 @@ def test_own_requests_come_from_text_or_jsonl(tmp_path):
         read.requests(str(tmp_path / "b.jsonl"))
 
 
+def test_own_requests_go_to_the_nearest_passage_or_are_counted(tmp_path, caplog):
+    passages = split_documents([("a.md", DOCUMENT)])
+    plan = pipeline.Plan(
+        questions=0, anchors=0, requests=["Tell me about the keeper, and what the dog is called", "Eh?"]
+    )
+    writer = SimpleNamespace(collator=DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    asking = pipeline.Asking(tmp_path, passages, writer, writer, None, plan, pipeline.Budget(), None)
+    assert [question.passage for question in asking._own()] == [1]
+    assert "1 of 2 requests" in caplog.text
+    assert "'Eh?'" in caplog.text
+
+
 def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
     from pgkd_peft.cli.bake import parse
 
