@@ -634,7 +634,10 @@ def test_what_was_trained_but_not_judged_is_judged_by_the_next_call(base, server
     assert cli.main(flags(base, run, document, server)) == 0
     assert (run / "adapter_model.safetensors").read_bytes() == adapter
     assert (run / "run.json").read_text() == info
-    for name in ("coverage.json", "report.html", "eval_results.json"):
+    drift = json.loads((run / "bake.json").read_text())["drift"]
+    assert json.loads((run / "eval_results.json").read_text())["drift"] == drift > 0
+    assert f"Drift on neutral prompts: {drift:.4f}" in (run / "README.md").read_text()
+    for name in ("coverage.json", "report.html"):
         assert (run / name).is_file(), name
     assert cli.main(flags(base, run, document, server)) == 2  # finished
 

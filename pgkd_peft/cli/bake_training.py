@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..run.folder import (
     BAKE_NEUTRAL_FILE,
     BAKE_TRAIN_FILE,
     COVERAGE_FILE,
+    RESULTS_FILE,
     RUN_FILE,
 )
 from ..run.jsonl import read_json, write_json
@@ -64,18 +66,17 @@ def train_and_judge(
     data, trainer, held_out_rows = trained(flags, folder, budget, console)
     if not trainer.is_world_process_zero():
         return
+    drift = measure_drift(trainer.model, trainer.contexts, neutral) if neutral else None
     if held_out_rows is not None:
-        judge(trainer, held_out_rows, data)
+        judge(trainer, held_out_rows, data, drift)
     privileged = {passage.number: passage.privileged for passage in passages}
     found = coverage.measure(
         trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=trainer.args.max_new_tokens
     )
-    if neutral:
-        drift = measure_drift(trainer.model, trainer.contexts, neutral)
+    if drift is not None:
         state["drift"] = drift.kl
-        console.print(
-            f"drift on {drift.prompts} held-out everyday requests: {drift.kl:.4f} nats/token KL(base || student)"
-        )
+        results = {**read_json(folder / RESULTS_FILE), "drift": drift.kl, "drift_details": asdict(drift)}
+        write_json(folder / RESULTS_FILE, results)  # also where no row was held out to be judged
     rest = coverage.pale(found)
     write_json(folder / BAKE_FILE, {**state, "seconds": round(budget.spent, 1), "pale": rest})
     coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})  # last: with it the bake is finished
