@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -429,6 +430,11 @@ def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_pa
     document.write_text(DOCUMENT + "\nOne more sentence about the harbour.\n")
     assert cli.main(argv) == 2
     assert "a bake of another text" in capsys.readouterr().err
+    document.write_text(DOCUMENT)
+    other = tmp_path / "other"
+    other.symlink_to(base)
+    assert cli.main([*argv, "--model_name_or_path", str(other)]) == 2
+    assert "another model" in capsys.readouterr().err
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     assert cli.main([*argv, "--overwrite", "--model_name_or_path", str(tmp_path / "no-such-model")]) == 2
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before  # nothing goes before the model is there
@@ -531,6 +537,32 @@ def test_a_passage_longer_than_the_context_is_refused_by_name(base, tmp_path, ca
     argv = ["bake", "--model_name_or_path", base, "--output_dir", str(tmp_path / "out"), "--document", str(document)]
     assert cli.main([*argv, "--base_quantization", "none"]) == 2
     assert "passage 0 of long.md" in capsys.readouterr().err
+
+
+def test_a_passage_is_measured_by_the_base_of_an_adapter(base, tmp_path, capsys):
+    adapter, document = tmp_path / "adapter", tmp_path / "long.md"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    document.write_text("word " * 5000)
+    argv = ["bake", "--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*argv, "--document", str(document), "--base_quantization", "none"]) == 2
+    assert "passage 0 of long.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["questions", "client"])
+def test_what_needs_no_model_is_told_before_one_is_loaded(base, tmp_path, capsys, monkeypatch, fault):
+    from pgkd_peft.model import student
+
+    monkeypatch.setattr(student, "build_student", lambda *args: 1 / 0)
+    document, run = tmp_path / "doc.md", tmp_path / "run"
+    document.write_text(DOCUMENT)
+    if fault == "questions":
+        run.mkdir()
+        (run / "questions.jsonl").write_text('{"question": ""}\n')
+    else:
+        monkeypatch.setitem(sys.modules, "openai", None)
+    assert cli.main(flags(base, run, document, "http://127.0.0.1:1/v1")) == 2
+    assert ("question is empty" if fault == "questions" else "pgkd-peft[writer]") in capsys.readouterr().err
 
 
 def test_own_requests_come_from_text_or_jsonl(tmp_path):

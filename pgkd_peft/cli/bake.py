@@ -339,6 +339,11 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper]:
 
     args, passages, config, state, console = job.args, job.passages, job.config, job.state, job.console
     name = str(job.model.model_name_or_path)
+    questions = None if job.anew else pipeline.known_questions(job.folder, len(passages))
+    is_asked = questions is not None and not state.get("asking")
+    server = None
+    if args.writer_url and not is_asked:
+        server = ServerWriter(args.writer_url, str(args.writer_model), key_env=args.writer_key_env)
     tokenizer = find_tokenizer(name, None, config)
     longest = max(len(tokenizer(p.privileged, add_special_tokens=False)["input_ids"]) for p in passages)
     config.max_privileged_length = max(config.max_privileged_length, longest + 8)
@@ -362,21 +367,16 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper]:
             facts=not args.is_prompt,
             seed=config.seed,
         )
-        questions = pipeline.known_questions(job.folder, len(passages))
-        if questions is None or state.get("asking"):
-            server = (
-                ServerWriter(args.writer_url, str(args.writer_model), key_env=args.writer_key_env)
-                if args.writer_url
-                else writer
-            )
+        if questions is not None and is_asked:
+            questions = pipeline.judge(job.folder, questions, keeper)
+        else:
             state["asking"] = True  # what is read in after a kill is not whole
             write_json(job.folder / BAKE_FILE, state)
-            asking = pipeline.Asking(job.folder, passages, server, writer, keeper, job.plan, job.budget, tick)
+            asker = server or writer
+            asking = pipeline.Asking(job.folder, passages, asker, writer, keeper, job.plan, job.budget, tick)
             questions = asking.run(questions or [])
             del state["asking"]
             write_json(job.folder / BAKE_FILE, state)
-        else:
-            questions = pipeline.judge(job.folder, questions, keeper)
     console.print(f"{pipeline.counted(questions)} [{job.budget.spent:.0f} s]", highlight=False, markup=False)
     keeper.model = None  # type: ignore[assignment]  # let go of, before training loads it again
     return questions, keeper
@@ -400,9 +400,9 @@ def check_context(name: str, collator: Any, passages: Sequence[Passage], config:
     Raises:
         DataError: names those that do not, and what to do.
     """
-    from transformers import AutoConfig
+    from ..model.student import context_length
 
-    limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+    limit = context_length(name, config)
     if limit is None:
         return
     key = collator.builder.privileged_key

@@ -12,7 +12,6 @@ from ..bake import pipeline
 from ..bake.split import Passage
 from ..run.checkpoint import checkpoints
 from ..run.folder import (
-    ADAPTER_CONFIG,
     ADAPTER_FILE,
     BAKE_FILE,
     BAKE_HELDOUT_FILE,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from ..bake.keep import Keeper
     from ..bake.questions import Question
+    from ..config import PrivilegedGKDConfig
     from .arguments import DataArguments
 
 EPOCHS = 4.0
@@ -94,7 +94,7 @@ def rate_and_steps(
     _, model_args, config = parse_train(flags, prog="pgkd bake")
     chosen: list[str] = []
     if "learning_rate" not in given:
-        rate = learning_rate(str(model_args.model_name_or_path), trust_remote_code=config.trust_remote_code)
+        rate = learning_rate(str(model_args.model_name_or_path), config)
         chosen += ["--learning_rate", str(rate)]
     if not given & {"max_steps", "num_train_epochs"}:
         if "max_steps" not in state:
@@ -141,15 +141,13 @@ def deadline(budget: pipeline.Budget, console: Any) -> Any:
     return Deadline()
 
 
-def learning_rate(name: str, *, trust_remote_code: bool) -> float:
+def learning_rate(name: str, config: PrivilegedGKDConfig) -> float:
     """The rule for a LoRA of this width (:func:`~pgkd_peft.model.rates.lora_learning_rate`), as the peak of a fall."""
-    from transformers import AutoConfig
-
     from ..model.rates import lora_learning_rate
+    from ..model.student import text_config
 
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        name = str(read_json(Path(name) / ADAPTER_CONFIG)["base_model_name_or_path"])
-    width = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config().hidden_size
+    revision = (config.model_init_kwargs or {}).get("revision")
+    width = text_config(name, config.trust_remote_code, revision).hidden_size
     return float(f"{RATE_FACTOR * lora_learning_rate(width):.3g}")
 
 
