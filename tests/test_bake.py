@@ -407,6 +407,7 @@ def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_pa
     document.write_text(DOCUMENT)
     argv = flags(base, tmp_path / "run", document, server)
     assert cli.main([*argv, "--dry_run"]) == 0
+    assert "asking: call 1 of about 2" in capsys.readouterr().out
     path = tmp_path / "run" / "questions.jsonl"
     questions = read_questions(path, 2)
     assert {q.use for q in questions} >= {"train"}

@@ -311,8 +311,11 @@ def progress(console: Any) -> Iterator[Any]:
     """A bar with the seconds left, where there is a terminal; plain lines elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not console.is_terminal:
+        yield lambda done, total, what: console.print(f"{what}: call {done} of about {total}", highlight=False)
+        return
     columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         tasks: dict[str, Any] = {}
 
         def tick(done: int, total: int, what: str) -> None:
