@@ -662,7 +662,9 @@ def test_what_was_trained_but_not_judged_is_judged_by_the_next_call(base, server
         assert cli.main(flags(base, run, document, server)) != 0
     adapter, info = (run / "adapter_model.safetensors").read_bytes(), (run / "run.json").read_text()
     assert not (run / "coverage.json").exists()
-    (run / "eval_results.json").unlink(missing_ok=True)
+    with (run / "questions.jsonl").open("a") as file:
+        for number in range(3):
+            file.write(json.dumps({"question": f"What is {number} plus two?", "use": "heldout"}) + "\n")
     monkeypatch.setattr(PrivilegedSelfDistillTrainer, "train", lambda *args, **kwargs: 1 / 0)  # it is not trained again
     assert cli.main(flags(base, run, document, server)) == 0
     assert (run / "adapter_model.safetensors").read_bytes() == adapter

@@ -289,7 +289,8 @@ def begin(
     if before and before.get("digest") != digest:
         raise ConfigError(
             f"{str(folder)!r} holds a bake of another text, or into another model, or with other --requests, "
-            "--questions, --anchors or --writer_model. Use another --output_dir, or --overwrite to begin anew."
+            "--questions, --anchors or --writer_model. Use another --output_dir, or begin anew with --overwrite (of "
+            "--more: remove that folder)."
         )
     kind = "system prompt" if args.is_prompt else "document"
     sources = sorted({passage.source for passage in passages})

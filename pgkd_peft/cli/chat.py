@@ -177,7 +177,7 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
         args.privileged = args.privileged or ""
     collator = collator_of(run, trust_remote_code=args.trust_remote_code)
     key = collator.builder.privileged_key
-    limit = getattr(text_config(run.base, args.trust_remote_code), "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(text_config(str(run.base), args.trust_remote_code), "max_position_embeddings", None) or sys.maxsize
     collator.builder.max_privileged_length = limit  # a whole document may be longer than what was trained with
 
     def reads(messages: list[dict], *, privileged: bool) -> list[int]:
