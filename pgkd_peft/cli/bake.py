@@ -88,7 +88,8 @@ class BakeArguments:
     )
     passage_words: int = field(default=MOST_WORDS, metadata={"help": "Longest passage, in words."})
     writer_url: str | None = field(
-        default=None, metadata={"help": "An OpenAI-compatible server that writes the questions, up to /v1."}
+        default=None,
+        metadata={"help": "An OpenAI-compatible server that writes the questions about a document, up to /v1."},
     )
     writer_model: str | None = field(default=None, metadata={"help": "The model's name at writer_url."})
     writer_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
