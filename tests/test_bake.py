@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -503,11 +504,16 @@ def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_pa
     document.write_text(DOCUMENT)
     argv = flags(base, tmp_path / "run", document, server)
     assert cli.main([*argv, "--dry_run"]) == 0
+    assert "asking: call 1 of about 2" in capsys.readouterr().out
     path = tmp_path / "run" / "questions.jsonl"
     questions = read_questions(path, 2)
     assert {q.use for q in questions} >= {"train"}
     assert not (tmp_path / "run" / "run.json").exists()
     asked = len(Fake.asked)
+    state = json.loads((tmp_path / "run" / "bake.json").read_text())
+    (tmp_path / "run" / "bake.json").write_text(json.dumps({**state, "asking": True}))  # as a kill leaves it
+    assert cli.main([*argv, "--dry_run"]) == 0
+    assert json.loads((tmp_path / "run" / "bake.json").read_text()) == state
     edited = [q for q in questions if q.use != "train"] + [q for q in questions if q.use == "train"][:3]
     lines = [json.dumps({"question": q.question, "passage": q.passage, "use": q.use}) for q in edited]
     lines.append(json.dumps({"question": "What colour is my own lighthouse?", "passage": 0, "use": "train"}))
@@ -522,6 +528,11 @@ def test_a_dry_run_ends_at_the_questions_and_an_edit_counts(base, server, tmp_pa
     document.write_text(DOCUMENT + "\nOne more sentence about the harbour.\n")
     assert cli.main(argv) == 2
     assert "a bake of another text" in capsys.readouterr().err
+    document.write_text(DOCUMENT)
+    other = tmp_path / "other"
+    other.symlink_to(base)
+    assert cli.main([*argv, "--model_name_or_path", str(other)]) == 2
+    assert "another model" in capsys.readouterr().err
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     assert cli.main([*argv, "--overwrite", "--model_name_or_path", str(tmp_path / "no-such-model")]) == 2
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before  # nothing goes before the model is there
@@ -543,6 +554,17 @@ def test_more_is_asked_about_what_was_hard_to_ask_about(tmp_path):
     assert [task.opening for task in tasks if task.passage.number == 1] == [o for _, o in ask.rounds(3, first=2)]
     asking.tried = Counter({0: 4, 1: 4, 2: 4})
     assert asking.next_call(2, []) == ("nothing", [])
+
+
+def test_questions_are_asked_however_short_the_time_is(tmp_path, monkeypatch):
+    """Three calls write anchors; the clock, which is over from the start, ends asking after the one behind them."""
+    monkeypatch.setattr(pipeline, "judge", lambda folder, questions, keeper: questions)
+    writer = SimpleNamespace(collator=DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    plan, budget = pipeline.Plan(questions=400, anchors=144), pipeline.Budget(seconds=1e-9)
+    passages = split_documents([("a.md", DOCUMENT)])
+    asking = pipeline.Asking(tmp_path, passages, writer, writer, None, plan, budget, lambda *_: None)
+    asking._one = lambda kind, tasks, path, questions: [{"question": kind}]
+    assert [question.question for question in asking.run([])] == ["anchors"] * 3 + ["questions"]
 
 
 @pytest.mark.parametrize(
@@ -595,6 +617,10 @@ def test_bad_documents_are_named_before_a_model_is_loaded(tmp_path, capsys, name
         (["--system_prompt", "Be brief.", "--questions", "0"], "questions is 0"),
         (["--system_prompt", "Be brief.", "--minutes", "nan"], "minutes is nan"),
         (["--system_prompt", "Be brief.", "--writer_url", "http://127.0.0.1:1/v1"], "belong together"),
+        (
+            ["--system_prompt", "Be brief.", "--writer_url", "http://127.0.0.1:1/v1", "--writer_model", "any"],
+            "the model itself writes the requests",
+        ),
         (["--system_prompt", "Be brief.", "--dataset_name", "rows.jsonl"], "dataset_name is for rows of your own"),
         (["--system_prompt", "Be brief.", "--requests", "no-such.txt"], "does not exist"),
         (["--system_prompt", "Be brief.", "--more"], "there is none"),
@@ -624,6 +650,32 @@ def test_a_long_line_is_a_prompt_and_no_name_of_a_file(tmp_path):
         read.requests(words)
 
 
+def test_a_passage_is_measured_by_the_base_of_an_adapter(base, tmp_path, capsys):
+    adapter, document = tmp_path / "adapter", tmp_path / "long.md"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    document.write_text("word " * 5000)
+    argv = ["bake", "--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*argv, "--document", str(document), "--base_quantization", "none"]) == 2
+    assert "passage 0 of long.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["questions", "client"])
+def test_what_needs_no_model_is_told_before_one_is_loaded(base, tmp_path, capsys, monkeypatch, fault):
+    from pgkd_peft.model import student
+
+    monkeypatch.setattr(student, "build_student", lambda *args: 1 / 0)
+    document, run = tmp_path / "doc.md", tmp_path / "run"
+    document.write_text(DOCUMENT)
+    if fault == "questions":
+        run.mkdir()
+        (run / "questions.jsonl").write_text('{"question": ""}\n')
+    else:
+        monkeypatch.setitem(sys.modules, "openai", None)
+    assert cli.main(flags(base, run, document, "http://127.0.0.1:1/v1")) == 2
+    assert ("question is empty" if fault == "questions" else "pgkd-peft[writer]") in capsys.readouterr().err
+
+
 def test_own_requests_come_from_text_or_jsonl(tmp_path):
     (tmp_path / "a.txt").write_text("How are you?\n\nWho is there?\n")
     assert read.requests(str(tmp_path / "a.txt")) == ["How are you?", "Who is there?"]
@@ -640,6 +692,18 @@ def test_own_requests_come_from_text_or_jsonl(tmp_path):
         read.requests(str(tmp_path / "d.jsonl"))
 
 
+def test_own_requests_go_to_the_nearest_passage_or_are_counted(tmp_path, caplog):
+    passages = split_documents([("a.md", DOCUMENT)])
+    plan = pipeline.Plan(
+        questions=0, anchors=0, requests=["Tell me about the keeper, and what the dog is called", "Eh?"]
+    )
+    writer = SimpleNamespace(collator=DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    asking = pipeline.Asking(tmp_path, passages, writer, writer, None, plan, pipeline.Budget(), None)
+    assert [question.passage for question in asking._own()] == [1]
+    assert "1 of 2 requests" in caplog.text
+    assert "'Eh?'" in caplog.text
+
+
 def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
     from pgkd_peft.cli.bake import parse
 
@@ -650,6 +714,33 @@ def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
     assert args.questions == 9
     assert rest.count("--beta") == 1
     assert rest[rest.index("--beta") + 1] == "0.5"
+
+
+def test_a_flag_counts_however_it_is_written(tmp_path):
+    from pgkd_peft.cli.arguments import parse_train
+    from pgkd_peft.cli.bake import parse
+
+    recipe = tmp_path / "bake.yaml"
+    recipe.write_text("output_dir: from-recipe\nmax_completion_length: 64\ngap_filter: true\ndry_run: false\n")
+    argv = [
+        "--config",
+        str(recipe),
+        "--model-name-or-path",
+        "M",
+        "--output-dir=given",
+        "--lr-scheduler-type",
+        "constant",
+    ]
+    argv += ["--document", "a.md", "--document=b.md", "--dry-run", "--no-gap-filter", "--writer-url", "u"]
+    args, rest = parse([*argv, "--writer_model", "m", "--overwrite", "false"])
+    assert (args.document, args.dry_run, args.gap_filter, args.writer_url) == (["a.md", "b.md"], True, False, "u")
+    data, _, config = parse_train([*rest, "--dataset_name", "bake"], prog="pgkd bake")
+    assert (config.output_dir, config.max_new_tokens, config.lr_scheduler_type) == ("given", 64, "constant")
+    assert not data.overwrite
+    _, rest = parse(
+        ["--system-prompt", "- Be brief.", "--max-new-tokens", "9", "--teacher_prompt_template", "{prompt}"]
+    )
+    assert rest.count("--max_new_tokens") == rest.count("--privileged_template") == 1
 
 
 def test_a_template_that_hides_the_user_s_turn_has_no_opening(make_trainer):
@@ -674,6 +765,88 @@ def test_a_training_that_is_slower_than_measured_ends_in_time(base, server, tmp_
     assert "stopped after step 1 of 4" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 1
     assert (tmp_path / "run" / "coverage.json").is_file()
+
+
+def test_what_was_trained_but_not_judged_is_judged_by_the_next_call(base, server, tmp_path, monkeypatch):
+    from pgkd_peft import PrivilegedSelfDistillTrainer
+
+    document = tmp_path / "doc.md"
+    document.write_text(DOCUMENT)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(coverage, "measure", lambda *args, **kwargs: 1 / 0)
+        assert cli.main(flags(base, run, document, server)) != 0
+    adapter, info = (run / "adapter_model.safetensors").read_bytes(), (run / "run.json").read_text()
+    assert not (run / "coverage.json").exists()
+    with (run / "questions.jsonl").open("a") as file:
+        for number in range(3):
+            file.write(json.dumps({"question": f"What is {number} plus two?", "use": "heldout"}) + "\n")
+    monkeypatch.setattr(PrivilegedSelfDistillTrainer, "train", lambda *args, **kwargs: 1 / 0)  # it is not trained again
+    assert cli.main(flags(base, run, document, server)) == 0
+    assert (run / "adapter_model.safetensors").read_bytes() == adapter
+    assert (run / "run.json").read_text() == info
+    drift = json.loads((run / "bake.json").read_text())["drift"]
+    assert json.loads((run / "eval_results.json").read_text())["drift"] == drift > 0
+    assert f"Drift on neutral prompts: {drift:.4f}" in (run / "README.md").read_text()
+    for name in ("coverage.json", "report.html"):
+        assert (run / name).is_file(), name
+    assert cli.main(flags(base, run, document, server)) == 2  # finished
+
+
+def test_more_goes_on_from_the_newest_and_stops_where_a_bake_does(base, server, tmp_path, monkeypatch, capsys):
+    from pgkd_peft.cli import bake as command
+
+    document, own = tmp_path / "doc.md", tmp_path / "own.txt"
+    document.write_text(DOCUMENT)
+    own.write_text("What colour is my lighthouse at Ammersby?\n")
+    run = tmp_path / "run"
+    argv = flags(base, run, document, server)
+    assert cli.main([*argv, "--dry_run"]) == 0
+    pale = {"passages": [{"number": 0, "recovered": 0.1}, {"number": 1, "recovered": 0.9}]}
+
+    def finish(folder):
+        for name, content in (("run.json", {"finished": True}), ("coverage.json", pale)):
+            (folder / name).write_text(json.dumps(content))
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+
+    finish(run)
+    trained = []
+    monkeypatch.setattr(command, "train_and_judge", lambda *args: (trained.append(args), finish(args[3])))
+    assert cli.main([*argv, "--more", "--dry_run", "--requests", str(own)]) == 0
+    assert not trained
+    asked = read_questions(run / "more" / "questions.jsonl", 2)
+    assert asked[0].question == own.read_text().strip()
+    assert {q.passage for q in asked} == {None, 0}
+    assert cli.main([*argv, "--more"]) == 2  # --requests is missing
+    assert cli.main([*argv, "--more", "--requests", str(own)]) == 0
+    assert cli.main([*argv, "--more"]) == 0
+    assert [args[3] for args in trained] == [run / "more", run / "more-2"]
+    for args, adapter in zip(trained, (run, run / "more")):
+        at = len(args[0]) - 1 - args[0][::-1].index("--model_name_or_path")
+        assert args[0][at + 1] == str(adapter)
+        assert "--lora_target_modules" not in args[0]
+    assert own.read_text().strip() in [q.question for q in trained[1][2][0]]
+    assert "--lora_target_modules: left aside" in " ".join(capsys.readouterr().out.split())
+    document.write_text(DOCUMENT + "\nOne more sentence about the harbour.\n")
+    assert cli.main([*argv, "--more"]) == 2
+    assert "another text" in capsys.readouterr().err
+
+
+def test_a_run_that_is_no_bake_is_left_alone(base, tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "doc.md").write_text(DOCUMENT)
+    assert cli.main(flags(base, tmp_path, tmp_path / "doc.md", "http://127.0.0.1:1/v1")) == 2
+    assert "holds a run that is no bake" in capsys.readouterr().err
+
+
+def test_requests_for_a_prompt_are_written_where_the_template_has_no_system_turn(monkeypatch):
+    tokenizer = byte_tokenizer(STRICT)
+    writer = ask.BaseWriter.__new__(ask.BaseWriter)
+    writer.collator = DataCollatorForPrivilegedGKD(tokenizer, privileged_placement="system")
+    prompts = []
+    monkeypatch.setattr(writer, "write", lambda asked, *args, **kwargs: prompts.extend(asked) or [], raising=False)
+    ask.for_prompt("Be brief.", writer, 4, (0,))
+    assert tokenizer.decode(prompts[0]).endswith("user\nBe brief.\n\n")
 
 
 def test_anchors_of_a_prompt_stand_under_another_system_turn(tmp_path):

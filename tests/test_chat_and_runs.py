@@ -90,6 +90,39 @@ def test_the_student_answers_with_its_adapter_and_the_base_without(runs, capsys)
     assert visible[1][:4] in student
 
 
+def test_an_answer_that_was_stopped_leaves_no_column_behind(runs, monkeypatch):
+    said = iter(["Who?", "And now?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(said))
+    heard = []
+
+    def answer(speaker, text, settings, show):
+        heard.append((speaker.name, text, list(speaker.messages)))
+        speaker.messages += [{"role": "user", "content": text}]
+        if text == "Who?" and speaker.name == "student":
+            raise KeyboardInterrupt
+        speaker.messages += [{"role": "assistant", "content": "I."}]
+
+    monkeypatch.setattr(chat.Speaker, "answer", answer)
+    assert cli.main(["chat", str(runs / "b")]) == 0
+    assert [messages for _, text, messages in heard if text == "And now?"] == [[], []]
+
+
+def test_the_pi_is_read_whole_or_refused(runs, tmp_path, capsys, monkeypatch):
+    """The runs were trained with 512 tokens of PI at most; the model's context has 4096."""
+    read = []
+    monkeypatch.setattr(
+        chat.Speaker, "answer", lambda self, text, *_: read.append(self.encode([{"role": "user", "content": text}]))
+    )
+    handbook = tmp_path / "handbook.md"
+    handbook.write_text("violet " * 200)
+    argv = ["chat", str(runs / "b"), "--message", "Who?", "--privileged_file", str(handbook)]
+    assert cli.main(argv) == 0
+    assert [len(ids) > 1400 for ids in read] == [False, True, False]
+    handbook.write_text("violet " * 600)
+    assert cli.main(argv) == 2
+    assert "the model's context is 4096" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

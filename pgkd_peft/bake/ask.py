@@ -16,6 +16,7 @@ from typing import Protocol
 from torch import nn
 
 from ..data.collator import DataCollatorForPrivilegedGKD, stop_ids
+from ..errors import DataError
 from ..model.load import base_of
 from ..rollout import generate, window_generator
 from .split import QUESTION_MARKS, UNSPACED, Passage, word_count
@@ -311,9 +312,15 @@ def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...
     """(kind, request) for a system prompt: about its subject (the template opened after the prompt), everyday,
     and in the form of questions on what everybody knows."""
     asked: list[tuple[str, str]] = []
-    before = writer.collator.encode(
-        {"messages": [{"role": "system", "content": prompt}, {"role": "user", "content": "Zebrafish"}]}
-    )["student_text"].partition("Zebrafish")[0]
+    mark = "Zebrafish"
+    turns = [{"role": "system", "content": prompt}, {"role": "user", "content": mark}]
+    try:
+        text = writer.collator.encode({"messages": turns})["student_text"]
+    except DataError:  # a template without system turns: there the prompt stands above the user's words
+        text = writer.collator.encode({"messages": [{"role": "user", "content": f"{prompt}\n\n{mark}"}]})[
+            "student_text"
+        ]
+    before = text.partition(mark)[0]
     opening = writer.collator.tokenizer(before, add_special_tokens=False)["input_ids"]
     written = writer.write([opening] * count, (*path, 1), most=40, temperature=1.0)
     on_topic = (tidy_request(text) for text, ended in written if ended)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ ANCHORS_A_CALL = 48
 JUDGED_AT_ONCE = 64
 SHARE_OF_ASKING = 0.3  # of --minutes, judging included
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -109,7 +110,8 @@ class Asking:
         self.tried: Counter[int] = Counter()  # passage -> questions asked for
 
     def run(self, questions: list[Question]) -> list[Question]:
-        """Everything that was written, by this call and those before it, judged; ends early when the time is up.
+        """Everything that was written, by this call and those before it, judged; ends early when the time is up, but
+        not before the first call of questions.
 
         Args:
             questions: what an interrupted call has left in ``questions.jsonl``.
@@ -124,7 +126,7 @@ class Asking:
         while True:
             started = time.monotonic()
             if number == len(done):
-                if number > 1 and self.budget.is_over(SHARE_OF_ASKING, seconds):
+                if number > self.anchor_calls and self.budget.is_over(SHARE_OF_ASKING, seconds):
                     break
                 kind, tasks = self.next_call(number, questions)
                 if kind == "nothing":
@@ -178,12 +180,24 @@ class Asking:
         return tasks
 
     def _own(self) -> list[Question]:
-        return [
-            Question(question=request, passage=passage.number)
-            for request in self.plan.requests
-            for passage in self.passages
-            if self.plan.is_prompt or ask.is_about(request, passage)
-        ]
+        """The user's requests, each about every passage of which it names something, else about the one with which it
+        shares most words; the log says how many have nothing in common with any."""
+        found: list[Question] = []
+        left_out = []
+        for request in self.plan.requests:
+            about = [p for p in self.passages if self.plan.is_prompt or ask.is_about(request, p)]
+            about = about or nearest(request, self.passages)
+            found += [Question(question=request, passage=passage.number) for passage in about]
+            if not about:
+                left_out.append(request)
+        if left_out:
+            logger.warning(
+                "%d of %d requests have no word in common with the text and are left out; the first is %r.",
+                len(left_out),
+                len(self.plan.requests),
+                left_out[0],
+            )
+        return found
 
     def _found(self) -> list[Question]:
         """Those that the document itself asks."""
@@ -225,6 +239,14 @@ class Asking:
             for task, text in zip(tasks, written)
             if text
         ]
+
+
+def nearest(request: str, passages: Sequence[Passage]) -> list[Passage]:
+    """The passage that shares most words with a request; [] where none shares one."""
+    asked = ask.content_words(request)
+    shared = {p.number: len(asked & ask.content_words(p.privileged)) for p in passages}
+    best = max(passages, key=lambda p: shared[p.number])
+    return [best] if shared[best.number] else []
 
 
 def sift(

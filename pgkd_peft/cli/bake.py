@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bake import pipeline, read
-from ..bake.split import MOST_WORDS, Passage, split_documents
+from ..bake.split import MOST_WORDS, Passage, split_documents, word_count
 from ..errors import ConfigError, DataError
+from ..run.checkpoint import clear_run_folder
 from ..run.folder import (
     ADAPTER_FILE,
     ASKED_FILE,
@@ -24,12 +26,17 @@ from ..run.folder import (
     RUN_FILE,
 )
 from ..run.jsonl import read_json, write_json
-from .arguments import Parser, parse_train, read_recipe
+from .arguments import TRAIN_ARGUMENTS, Parser, parse_train, read_recipe
 from .bake_training import train_and_judge
+from .trl_names import translate_flags, translate_recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..bake.keep import Keeper
     from ..bake.questions import Question
+    from ..config import PrivilegedGKDConfig
+    from .arguments import ModelArguments
 
 DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
 sifted, an adapter is trained to answer them without the text, and what it took over is measured. Any setting of
@@ -81,7 +88,8 @@ class BakeArguments:
     )
     passage_words: int = field(default=MOST_WORDS, metadata={"help": "Longest passage, in words."})
     writer_url: str | None = field(
-        default=None, metadata={"help": "An OpenAI-compatible server that writes the questions, up to /v1."}
+        default=None,
+        metadata={"help": "An OpenAI-compatible server that writes the questions about a document, up to /v1."},
     )
     writer_model: str | None = field(default=None, metadata={"help": "The model's name at writer_url."})
     writer_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
@@ -101,6 +109,8 @@ class BakeArguments:
             )
         if (self.writer_url is None) != (self.writer_model is None):
             raise ConfigError("writer_url and writer_model belong together; give both, or neither")
+        if self.writer_url is not None and self.is_prompt:
+            raise ConfigError("with system_prompt the model itself writes the requests; leave out writer_url")
 
     @property
     def is_prompt(self) -> bool:
@@ -122,50 +132,89 @@ def parse(argv: Sequence[str]) -> tuple[BakeArguments, list[str]]:
     Raises:
         ConfigError: something is unknown, unfit or missing.
     """
-    own = {f.name for f in fields(BakeArguments)}
-    mine, rest = _divided(list(argv), own)
+    parser = Parser([BakeArguments], "pgkd bake", DESCRIPTION)
     if any(flag in ("-h", "--help") for flag in argv):
-        Parser([BakeArguments], "pgkd bake", DESCRIPTION).parse(["--help"])
-    given = {flag[2:].split("=")[0] for flag in rest if flag.startswith("--")}
-    if "dataset_name" in given:
+        parser.parse(["--help"])
+    told = _told(argv)
+    if "dataset_name" in told:
         raise ConfigError("dataset_name is for rows of your own (pgkd train); a bake writes them itself")
-    (args,) = Parser([BakeArguments], "pgkd bake", DESCRIPTION).parse(mine)
+    own = [f.name for f in fields(BakeArguments) if f.name in told]
+    (args,) = parser.parse([part for name in own for part in told.pop(name)])
     defaults = {**SETTINGS, "privileged_placement": "system"}
     if not args.is_prompt:
         defaults |= {"privileged_placement": "user", "privileged_template": DOCUMENT_TEMPLATE}
-    if "privileged_placement" in given:
+    if "privileged_placement" in told:
         defaults.pop("privileged_template", None)
-    flags = [part for key, value in defaults.items() if key not in given for part in (f"--{key}", str(value))]
-    return args, [*rest, *flags]
+    told |= {name: [f"--{name}", str(value)] for name, value in defaults.items() if name not in told}
+    return args, [part for flag in told.values() for part in flag]
 
 
-def _divided(argv: list[str], own: set[str]) -> tuple[list[str], list[str]]:
-    """Flags (with their values) that are ours, and the others; a recipe's keys come first, so that flags win."""
-    mine: list[str] = []
-    rest: list[str] = []
-    parts: list[list[str]] = []
-    for text in argv:
-        if text.startswith("--") or not parts:
-            parts.append([text])
+def _told(argv: Sequence[str]) -> dict[str, list[str]]:
+    """What recipe and flags say, by our own names (with underscores, not TRL's): each as the flag with its values."""
+    known = frozenset(action.dest for action in Parser([BakeArguments, *TRAIN_ARGUMENTS], "pgkd bake")._actions)
+    flags: dict[str, list[str]] = {}
+    for flag in grouped(translate_flags(argv, known)):
+        if not _FLAG.fullmatch(flag[0]):
+            raise ConfigError(f"unexpected argument {flag[0]!r}; values follow a flag, as in --document FILE")
+        name, equals, value = flag[0][2:].partition("=")
+        name = name.replace("-", "_")
+        values = [value] if equals else flag[1:]
+        if name == "document":
+            flags[name] = [*flags.get(name, ["--document"]), *values]
+        elif name == "no_gap_filter":
+            flags["gap_filter"] = ["--gap_filter", "false", *values]
         else:
-            parts[-1].append(text)
-    recipe: dict[str, Any] = {}
-    for part in parts:
-        name, _, value = part[0].partition("=")
-        if name == "--config":
-            recipe = read_recipe(value or (part[1] if len(part) > 1 else ""))
-            part.clear()
-    told = {part[0].partition("=")[0][2:] for part in parts if part}
-    for key, value in recipe.items():
-        if key in told or value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        parts.append([f"--{key}", *map(str, values)])
-    for part in parts:
-        if part:
-            name = part[0].partition("=")[0][2:]
-            (mine if name in own else rest).extend(part)
-    return mine, rest
+            flags[name] = [f"--{name}{equals}{value}", *flag[1:]]
+    if "config" not in flags:
+        return flags
+    path = flags.pop("config")[-1].removeprefix("--config").removeprefix("=")
+    recipe = translate_recipe(read_recipe(path), known)
+    settings = {str(key).replace("-", "_"): value for key, value in recipe.items() if value is not None}
+    return {**{name: _as_flag(name, value) for name, value in settings.items()}, **flags}
+
+
+_FLAG = re.compile(r"--\w[\w-]*(=.*)?", re.DOTALL)
+
+
+def grouped(argv: Sequence[str]) -> list[list[str]]:
+    """Each flag with the values behind it."""
+    groups: list[list[str]] = []
+    for text in argv:
+        if _FLAG.fullmatch(text) or not groups:
+            groups.append([text])
+        else:
+            groups[-1].append(text)
+    return groups
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    """A recipe's setting as a flag."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+
+
+@dataclass
+class Job:
+    """What is asked about, and where it is written.
+
+    Attributes:
+        folder: the run's, or of `--more` one below it.
+        state: what stands in its ``bake.json``.
+        anew: what is in the folder is to go.
+    """
+
+    args: BakeArguments
+    passages: Sequence[Passage]
+    model: ModelArguments
+    config: PrivilegedGKDConfig
+    folder: Path
+    state: dict[str, Any]
+    plan: pipeline.Plan
+    budget: pipeline.Budget
+    console: Console
+    anew: bool = False
 
 
 def bake(args: BakeArguments, train_flags: list[str]) -> int:
@@ -174,38 +223,43 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
 
     passages = read_passages(args)
     requests = read.requests(args.requests) if args.requests else []
-    data, model_args, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
+    data, model, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
     folder = Path(str(config.output_dir))
     if args.more:
         if data.overwrite:
             raise ConfigError("--more goes on from the bake that --overwrite would remove; give one of them")
-        return more(args, train_flags, passages, folder)
-    begun = begin(args, passages, requests, {} if data.overwrite else read_json(folder / BAKE_FILE), folder)
+        return more(args, train_flags, passages, requests)
+    if data.overwrite and data.resume:
+        raise ConfigError("--resume and --overwrite exclude each other; keep one.")
+    before = {} if data.overwrite else read_json(folder / BAKE_FILE)
+    state = begin(args, passages, requests, model, before, folder)
+    if not data.overwrite:
+        check_folder(folder)
+    budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
+    plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
+    job = Job(args, passages, model, config, folder, state, plan, budget, Console(), data.overwrite)
+    questions, keeper = write_questions(job)
+    if args.dry_run:
+        job.console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
+        return 0
+    train_and_judge(train_flags, passages, (questions, keeper), folder, state, budget, job.console)
+    return 0
 
-    def accept() -> None:
-        if data.overwrite:
-            for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "more", ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / BAKE_FILE, begun)
 
-    if read_json(folder / RUN_FILE).get("finished") and not data.overwrite:
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where there is nothing to go on with: a finished bake, or a run that is none."""
+    if is_finished(folder):
         raise ConfigError(
             f"the bake in {str(folder)!r} is finished. --more asks about what was not taken over, --overwrite begins "
             "anew, pgkd report shows it."
         )
-    console = Console()
-    budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
-    plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
-    name = str(model_args.model_name_or_path)
-    base = (name, model_args, config)
-    questions, keeper = write_questions(args, passages, base, folder, plan, budget, console, accept)
-    if args.dry_run:
-        console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
-        return 0
-    train_and_judge(train_flags, passages, (questions, keeper), folder, begun, budget, console)
-    return 0
+    if (folder / RUN_FILE).is_file() and not (folder / BAKE_FILE).is_file():
+        raise ConfigError(f"{str(folder)!r} holds a run that is no bake. Use another --output_dir, or --overwrite.")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the bake was trained, and judged as well."""
+    return bool(read_json(folder / RUN_FILE).get("finished")) and (folder / COVERAGE_FILE).is_file()
 
 
 def read_passages(args: BakeArguments) -> list[Passage]:
@@ -219,25 +273,39 @@ def read_passages(args: BakeArguments) -> list[Passage]:
 
 
 def begin(
-    args: BakeArguments, passages: Sequence[Passage], requests: Sequence[str], before: dict[str, Any], folder: Path
+    args: BakeArguments,
+    passages: Sequence[Passage],
+    requests: Sequence[str],
+    model: ModelArguments,
+    before: dict[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """What stands in ``bake.json``, compared with what an interrupted bake has left there.
 
     Raises:
         ConfigError: the folder holds a bake of something else.
     """
-    content = json.dumps(
-        [[p.privileged for p in passages], list(requests), args.wanted, args.anchors, args.writer_model]
-    )
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    subject = taught(passages, model)
+    digest = digest_of(*subject, list(requests), args.wanted, args.anchors, args.writer_model)
     if before and before.get("digest") != digest:
         raise ConfigError(
-            f"{str(folder)!r} holds a bake of another text, or with other --requests, --questions, --anchors or "
-            "--writer_model. Use another --output_dir, or --overwrite to begin anew."
+            f"{str(folder)!r} holds a bake of another text, or into another model, or with other --requests, "
+            "--questions, --anchors or --writer_model. Use another --output_dir, or begin anew with --overwrite (of "
+            "--more: remove that folder)."
         )
     kind = "system prompt" if args.is_prompt else "document"
     sources = sorted({passage.source for passage in passages})
-    return before or {"digest": digest, "passages": len(passages), "kind": kind, "sources": sources}
+    digests = {"digest": digest, "taught": digest_of(*subject)}
+    return before or {**digests, "passages": len(passages), "kind": kind, "sources": sources}
+
+
+def taught(passages: Sequence[Passage], model: ModelArguments) -> tuple[list[str], str]:
+    """What is taught to which model."""
+    return [passage.privileged for passage in passages], str(model.model_name_or_path)
+
+
+def digest_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -245,8 +313,11 @@ def progress(console: Any) -> Iterator[Any]:
     """A bar with the seconds left, where there is a terminal; plain lines elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not console.is_terminal:
+        yield lambda done, total, what: console.print(f"{what}: call {done} of about {total}", highlight=False)
+        return
     columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         tasks: dict[str, Any] = {}
 
         def tick(done: int, total: int, what: str) -> None:
@@ -257,18 +328,9 @@ def progress(console: Any) -> Iterator[Any]:
         yield tick
 
 
-def write_questions(
-    args: BakeArguments,
-    passages: Sequence[Passage],
-    base: tuple[str, Any, Any],
-    folder: Path,
-    plan: pipeline.Plan,
-    budget: pipeline.Budget,
-    console: Any,
-    accept: Callable[[], None] = lambda: None,
-) -> tuple[list[Question], Keeper]:
-    """Ask and judge, or take up what an earlier call and the user's edits have left; `accept` is called when the model
-    is there, before anything is written."""
+def write_questions(job: Job) -> tuple[list[Question], Keeper]:
+    """Ask and judge, or take up what an earlier call and the user's edits have left; nothing is written before the
+    model is there."""
     import torch
 
     from ..bake.ask import BaseWriter
@@ -280,18 +342,24 @@ def write_questions(
     from ..model.student import build_student, find_tokenizer
     from .arguments import lora_config, quantization_config
 
-    name, model_args, config = base
+    args, passages, config, state, console = job.args, job.passages, job.config, job.state, job.console
+    name = str(job.model.model_name_or_path)
+    questions = None if job.anew else pipeline.known_questions(job.folder, len(passages))
+    is_asked = questions is not None and not state.get("asking")
+    server = None
+    if args.writer_url and not is_asked:
+        server = ServerWriter(args.writer_url, str(args.writer_model), key_env=args.writer_key_env)
     tokenizer = find_tokenizer(name, None, config)
     longest = max(len(tokenizer(p.privileged, add_special_tokens=False)["input_ids"]) for p in passages)
     config.max_privileged_length = max(config.max_privileged_length, longest + 8)
     collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config)
     privileged = {passage.number: passage.privileged for passage in passages}
     check_context(name, collator, passages, config)
-    console.print(f"{len(passages)} passages, {sum(len(p.text.split()) for p in passages)} words", highlight=False)
+    console.print(f"{len(passages)} passages, {sum(word_count(p.text) for p in passages)} words", highlight=False)
     # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
     # dequantizing every weight for every token.
-    student, _ = build_student(name, config, lora_config(model_args), quantization_config(model_args, config))
-    accept()
+    student, _ = build_student(name, config, lora_config(job.model), quantization_config(job.model, config))
+    accept(job)
     engine = RolloutEngine(student, config.rollout_engine, base_of(student).get_input_embeddings().weight.dtype)
     with torch.no_grad(), engine.model() as model, progress(console) as tick:
         writer = BaseWriter(model, collator)
@@ -304,24 +372,31 @@ def write_questions(
             facts=not args.is_prompt,
             seed=config.seed,
         )
-        questions = pipeline.known_questions(folder, len(passages))
-        state = read_json(folder / BAKE_FILE)
-        if questions is None or state.get("asking"):
-            server = (
-                ServerWriter(args.writer_url, str(args.writer_model), key_env=args.writer_key_env)
-                if args.writer_url
-                else writer
-            )
-            write_json(folder / BAKE_FILE, {**state, "asking": True})  # what is read in after a kill is not whole
-            questions = pipeline.Asking(folder, passages, server, writer, keeper, plan, budget, tick).run(
-                questions or []
-            )
-            write_json(folder / BAKE_FILE, state)
+        if questions is not None and is_asked:
+            questions = pipeline.judge(job.folder, questions, keeper)
         else:
-            questions = pipeline.judge(folder, questions, keeper)
-    console.print(f"{pipeline.counted(questions)} [{budget.spent:.0f} s]", highlight=False, markup=False)
+            state["asking"] = True  # what is read in after a kill is not whole
+            write_json(job.folder / BAKE_FILE, state)
+            asker = server or writer
+            asking = pipeline.Asking(job.folder, passages, asker, writer, keeper, job.plan, job.budget, tick)
+            questions = asking.run(questions or [])
+            del state["asking"]
+            write_json(job.folder / BAKE_FILE, state)
+    console.print(f"{pipeline.counted(questions)} [{job.budget.spent:.0f} s]", highlight=False, markup=False)
     keeper.model = None  # type: ignore[assignment]  # let go of, before training loads it again
     return questions, keeper
+
+
+def accept(job: Job) -> None:
+    """Make the folder ready, now that the model is there."""
+    if job.anew:
+        for name in (ASKED_FILE, QUESTIONS_FILE, BAKE_FILE, COVERAGE_FILE, BAKE_NEUTRAL_FILE):
+            (job.folder / name).unlink(missing_ok=True)
+        for path in rounds_of(job.folder)[1:]:
+            shutil.rmtree(path, ignore_errors=True)
+        clear_run_folder(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_json(job.folder / BAKE_FILE, job.state)
 
 
 def check_context(name: str, collator: Any, passages: Sequence[Passage], config: Any) -> None:
@@ -330,9 +405,9 @@ def check_context(name: str, collator: Any, passages: Sequence[Passage], config:
     Raises:
         DataError: names those that do not, and what to do.
     """
-    from transformers import AutoConfig
+    from ..model.student import context_length
 
-    limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+    limit = context_length(name, config)
     if limit is None:
         return
     key = collator.builder.privileged_key
@@ -347,35 +422,71 @@ def check_context(name: str, collator: Any, passages: Sequence[Passage], config:
             )
 
 
-def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], folder: Path) -> int:
-    """Ask about the pale passages with openings not used yet, and train on from the adapter, in ``more/``."""
+def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], requests: Sequence[str]) -> int:
+    """Ask about the pale passages with openings not used yet, and train on from the newest adapter, in a folder below
+    that of the bake."""
     from rich.console import Console
 
     from ..bake import coverage
 
-    found = read_json(folder / COVERAGE_FILE)
-    if not found or not (folder / ADAPTER_FILE).is_file():
+    flags = [*train_flags, "--dataset_name", "bake"]
+    _, model, config = parse_train(flags, prog="pgkd bake")
+    folder = Path(str(config.output_dir))
+    if not is_finished(folder) or not (folder / ADAPTER_FILE).is_file():
         raise ConfigError(f"--more goes on from a finished bake, and there is none in {str(folder)!r}")
-    rest = coverage.pale(found)
+    if read_json(folder / BAKE_FILE).get("taught") != digest_of(*taught(passages, model)):
+        raise ConfigError(
+            f"{str(folder)!r} holds a bake of another text, or into another model; --more goes on from it"
+        )
+    folders = rounds_of(folder)
+    finished = [path for path in folders if is_finished(path)]
+    newest, number = finished[-1], len(finished)
+    target = folder / ("more" if number == 1 else f"more-{number}")
     console = Console()
+    rest = coverage.pale(read_json(newest / COVERAGE_FILE))
     if not rest:
         console.print(
             f"every passage was taken over by {coverage.PALE:.0%} or more; there is nothing pale to ask about"
         )
         return 0
-    target = folder / "more"
-    target.mkdir(exist_ok=True)
-    flags = [*train_flags, "--output_dir", str(target)]
-    _, model_args, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
+    flags = [*without_lora(train_flags, newest, console), "--output_dir", str(target)]
+    _, model, config = parse_train([*flags, "--dataset_name", "bake"], prog="pgkd bake")
+    state = begin(args, passages, requests, model, read_json(target / BAKE_FILE), target)
+    earlier = [q for path in finished for q in pipeline.known_questions(path, len(passages)) or []]
+    asked = {question.question for question in earlier}
     budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
     plan = pipeline.Plan(
-        args.wanted, args.anchors, first_round=args.wanted, only=rest, is_prompt=args.is_prompt, seed=config.seed + 1
+        args.wanted,
+        args.anchors,
+        [request for request in requests if request not in asked],
+        first_round=args.wanted * number,
+        only=rest,
+        is_prompt=args.is_prompt,
+        seed=config.seed + number,
     )
-    base = (str(model_args.model_name_or_path), model_args, config)
-    questions, keeper = write_questions(args, passages, base, target, plan, budget, console)
-    earlier = pipeline.known_questions(folder, len(passages)) or []
+    questions, keeper = write_questions(Job(args, passages, model, config, target, state, plan, budget, console))
+    if args.dry_run:
+        console.print(f"Read and edit {target / QUESTIONS_FILE}; the same command without --dry_run trains.")
+        return 0
     kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
-    flags += ["--model_name_or_path", str(folder)]
-    state = read_json(target / BAKE_FILE) or {"kind": read_json(folder / BAKE_FILE).get("kind")}
+    flags += ["--model_name_or_path", str(newest)]
     train_and_judge(flags, passages, ([*kept, *questions], keeper), target, state, budget, console)
     return 0
+
+
+def rounds_of(folder: Path) -> list[Path]:
+    """The folders of a bake and of each `--more` after it, as far as they are there."""
+    found = [folder]
+    while (path := folder / ("more" if len(found) == 1 else f"more-{len(found)}")).is_dir():
+        found.append(path)
+    return found
+
+
+def without_lora(flags: Sequence[str], adapter: Path, console: Console) -> list[str]:
+    """The flags without those of a LoRA: an adapter that is trained on brings its own."""
+    parts = grouped(flags)
+    dropped = [part for part in parts if part[0].startswith(("--lora_", "--use_rslora", "--use_dora"))]
+    if dropped:
+        names = ", ".join(part[0].partition("=")[0] for part in dropped)
+        console.print(f"{names}: left aside, {adapter} is trained on with its own LoRA", highlight=False, markup=False)
+    return [text for part in parts if part not in dropped for text in part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +12,25 @@ from ..bake import pipeline
 from ..bake.split import Passage
 from ..run.checkpoint import checkpoints
 from ..run.folder import (
-    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     BAKE_FILE,
     BAKE_HELDOUT_FILE,
     BAKE_NEUTRAL_FILE,
     BAKE_TRAIN_FILE,
     COVERAGE_FILE,
+    RESULTS_FILE,
     RUN_FILE,
 )
 from ..run.jsonl import read_json, write_json
 from .arguments import parse_train
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..bake.keep import Keeper
     from ..bake.questions import Question
+    from ..config import PrivilegedGKDConfig
+    from .arguments import DataArguments
 
 EPOCHS = 4.0
 LEAST_STEPS = 100
@@ -48,7 +54,6 @@ def train_and_judge(
     from ..evaluation.answers import measure_drift
     from ..view.report import write_report
     from .judge import judge
-    from .train import run_training
 
     questions, keeper = written
     train_rows, held_out, neutral = pipeline.rows_of(questions, keeper)
@@ -57,45 +62,70 @@ def train_and_judge(
     flags = [*train_flags, "--dataset_name", str(folder / BAKE_TRAIN_FILE)]
     flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
-    given = {flag[2:].split("=")[0] for flag in train_flags if flag.startswith("--")}
-    _, model_args, config = parse_train(flags, prog="pgkd bake")
-    if "learning_rate" not in given:
-        rate = learning_rate(str(model_args.model_name_or_path), trust_remote_code=config.trust_remote_code)
-        flags += ["--learning_rate", str(rate)]
-    if not given & {"max_steps", "num_train_epochs"}:
-        if "max_steps" not in state:
-            window = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            wanted = max(LEAST_STEPS, round(EPOCHS * len(train_rows) / window))
-            state["max_steps"] = steps_that_fit(flags, folder, wanted, budget, console)
-            write_json(folder / BAKE_FILE, state)
-        flags += ["--max_steps", str(state["max_steps"])]
-    if checkpoints(folder) and not any(flag in given for flag in ("resume", "overwrite")):
-        flags += ["--resume", "true"]
-    elif (folder / RUN_FILE).is_file():
-        flags += ["--overwrite", "true"]
-    data, model_args, config = parse_train(flags, prog="pgkd bake")
-    trainer, held_out_rows = run_training(data, model_args, config, [deadline(budget, console)])
+    flags += rate_and_steps(flags, folder, len(train_rows), state, budget, console)
+    data, trainer, held_out_rows = trained(flags, folder, budget, console)
     if not trainer.is_world_process_zero():
         return
+    drift = measure_drift(trainer.model, trainer.contexts, neutral) if neutral else None
     if held_out_rows is not None:
-        judge(trainer, held_out_rows, data)
+        judge(trainer, held_out_rows, data, drift)
     privileged = {passage.number: passage.privileged for passage in passages}
     found = coverage.measure(
-        trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=config.max_new_tokens
+        trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=trainer.args.max_new_tokens
     )
-    coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})
-    if neutral:
-        drift = measure_drift(trainer.model, trainer.contexts, neutral)
+    if drift is not None:
         state["drift"] = drift.kl
-        console.print(
-            f"drift on {drift.prompts} held-out everyday requests: {drift.kl:.4f} nats/token KL(base || student)"
-        )
+        results = {**read_json(folder / RESULTS_FILE), "drift": drift.kl, "drift_details": asdict(drift)}
+        write_json(folder / RESULTS_FILE, results)  # also where no row was held out to be judged
     rest = coverage.pale(found)
     write_json(folder / BAKE_FILE, {**state, "seconds": round(budget.spent, 1), "pale": rest})
+    coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})  # last: with it the bake is finished
     if rest:
         console.print(f"{len(rest)} of {len(passages)} passages were hardly taken over: --more asks about them again")
     console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)
     console.print(f"Next: pgkd chat {folder} --privileged_file TEXT    pgkd merge {folder} --out {folder}-merged")
+
+
+def rate_and_steps(
+    flags: list[str], folder: Path, rows: int, state: dict[str, Any], budget: pipeline.Budget, console: Any
+) -> list[str]:
+    """Flags for the learning rate and the number of steps, where they are not given; the steps are kept in `state`."""
+    given = {flag[2:].split("=")[0] for flag in flags if flag.startswith("--")}
+    _, model_args, config = parse_train(flags, prog="pgkd bake")
+    chosen: list[str] = []
+    if "learning_rate" not in given:
+        rate = learning_rate(str(model_args.model_name_or_path), config)
+        chosen += ["--learning_rate", str(rate)]
+    if not given & {"max_steps", "num_train_epochs"}:
+        if "max_steps" not in state:
+            window = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            wanted = max(LEAST_STEPS, round(EPOCHS * rows / window))
+            state["max_steps"] = steps_that_fit([*flags, *chosen], folder, wanted, budget, console)
+            write_json(folder / BAKE_FILE, state)
+        chosen += ["--max_steps", str(state["max_steps"])]
+    return chosen
+
+
+def trained(
+    flags: list[str], folder: Path, budget: pipeline.Budget, console: Any
+) -> tuple[DataArguments, Any, Dataset | None]:
+    """(arguments, trainer at its end, held-out rows); what an earlier call has trained is not trained again."""
+    from ..model.adapters import load_adapter
+    from .train import choose_as_before, load_datasets, make_trainer, run_training
+
+    data, model_args, config = parse_train(flags, prog="pgkd bake")
+    if read_json(folder / RUN_FILE).get("finished") and (folder / ADAPTER_FILE).is_file():
+        choose_as_before(config, folder)
+        train_dataset, held_out = load_datasets(data, config)
+        trainer = make_trainer(data, model_args, config, train_dataset, held_out, [])
+        load_adapter(trainer.model, folder)
+        return data, trainer, held_out
+    goes_on = bool(checkpoints(folder)) and not data.overwrite
+    flags = [*flags, "--resume", str(goes_on)]
+    if not goes_on and (folder / RUN_FILE).is_file():
+        flags += ["--overwrite", "true"]
+    data, model_args, config = parse_train(flags, prog="pgkd bake")
+    return data, *run_training(data, model_args, config, [deadline(budget, console)])
 
 
 def deadline(budget: pipeline.Budget, console: Any) -> Any:
@@ -111,15 +141,13 @@ def deadline(budget: pipeline.Budget, console: Any) -> Any:
     return Deadline()
 
 
-def learning_rate(name: str, *, trust_remote_code: bool) -> float:
+def learning_rate(name: str, config: PrivilegedGKDConfig) -> float:
     """The rule for a LoRA of this width (:func:`~pgkd_peft.model.rates.lora_learning_rate`), as the peak of a fall."""
-    from transformers import AutoConfig
-
     from ..model.rates import lora_learning_rate
+    from ..model.student import text_config
 
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        name = str(read_json(Path(name) / ADAPTER_CONFIG)["base_model_name_or_path"])
-    width = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config().hidden_size
+    revision = (config.model_init_kwargs or {}).get("revision")
+    width = text_config(name, config.trust_remote_code, revision).hidden_size
     return float(f"{RATE_FACTOR * lora_learning_rate(width):.3g}")
 
 
@@ -133,7 +161,7 @@ def steps_that_fit(flags: list[str], folder: Path, wanted: int, budget: pipeline
 
     probe = folder / ".probe"
     quick = ["--output_dir", str(probe), "--max_steps", "6", "--save_strategy", "no", "--overwrite", "true"]
-    quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0"]
+    quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0", "--resume", "false"]
     data, model_args, config = parse_train([*flags, *quick, "--disable_tqdm", "true"], prog="pgkd bake")
     before, ends = budget.spent, []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tokens import visible
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, DataError, ModelError
 from ..run.folder import ADAPTER_CONFIG
 from .arguments import Parser, subject
 
@@ -139,8 +139,14 @@ def chat(model: str, args: ChatArguments) -> int:
                 speaker.messages = speaker.messages[: 1 if args.system else 0]
             console.print("A new conversation.", style="dim")
         elif text:
-            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends an answer, not the talk
+            before = [list(speaker.messages) for speaker in speakers]
+            try:
                 say(speakers, text, settings, console)
+            except (KeyboardInterrupt, DataError) as ended:  # an answer, not the talk; it is as if nothing was asked
+                for speaker, messages in zip(speakers, before):
+                    speaker.messages = messages
+                if isinstance(ended, DataError):
+                    console.print(str(ended), style="red", markup=False)
 
 
 def _on_a_page(
@@ -163,6 +169,7 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
     """Base, base with PI (where there is PI) and student, on one model."""
     from ..export.adapter import read_run
     from ..model.adapters import adapter_state
+    from ..model.student import text_config
     from .eval import collator_of, load_student
 
     run = read_run(folder, quantization=args.base_quantization, base_model=args.base_model, log=console.print)
@@ -170,10 +177,18 @@ def _adapter(folder: str, args: ChatArguments, console: Any) -> tuple[list[Speak
         args.privileged = args.privileged or ""
     collator = collator_of(run, trust_remote_code=args.trust_remote_code)
     key = collator.builder.privileged_key
+    limit = getattr(text_config(str(run.base), args.trust_remote_code), "max_position_embeddings", None) or sys.maxsize
+    collator.builder.max_privileged_length = limit  # a whole document may be longer than what was trained with
 
     def reads(messages: list[dict], *, privileged: bool) -> list[int]:
         row = {"messages": messages, **({key: args.privileged} if privileged else {})}
-        return collator.encode(row)["teacher_ids" if privileged else "student_ids"]
+        ids: list[int] = collator.encode(row)["teacher_ids" if privileged else "student_ids"]
+        if privileged and len(ids) + args.max_new_tokens > limit:
+            raise DataError(
+                f"the conversation with the PI has {len(ids)} tokens, and an answer may have {args.max_new_tokens}; "
+                f"the model's context is {limit}. Shorten the PI, /reset, or give --max_new_tokens less."
+            )
+        return ids
 
     reads([{"role": "user", "content": args.message or "Hello"}], privileged=args.privileged is not None)
     model = load_student(run, trust_remote_code=args.trust_remote_code)

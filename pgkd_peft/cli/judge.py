@@ -12,14 +12,14 @@ from ..errors import DataError
 from ..evaluation.scorers import Scorer, check_scorable, make_scorer
 from ..run.console import shared_console
 from ..run.folder import CARD_FILE, RESULTS_FILE, TRAINED_FILE
-from .results import answers_file, show, update_card, write_results
+from .results import add_drift, answers_file, show, update_card, write_results
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
     from ..base_trainer import RunTrainer
-    from ..evaluation.answers import Evaluation
+    from ..evaluation.answers import Drift, Evaluation
     from .arguments import DataArguments
 
 MOST_ROWS = 64
@@ -83,8 +83,9 @@ def add_final_traces(trainer: RunTrainer, rows: Sequence[Mapping[str, Any]]) -> 
         write_final_traces(trainer, rows_of(trainer.contexts(spread(rows, TRACED_ROWS))), held_out=True)
 
 
-def judge(trainer: RunTrainer, held_out: Dataset, data: DataArguments) -> None:
-    """Base, teacher and student on the held-out rows, at the end of a training: console, results file, model card."""
+def judge(trainer: RunTrainer, held_out: Dataset, data: DataArguments, drift: Drift | None = None) -> None:
+    """Base, teacher and student on the held-out rows, at the end of a training: console, results file, model card;
+    with them the drift, where it was measured."""
     from ..data.check import validate_rows
     from ..evaluation.answers import evaluate
 
@@ -112,6 +113,8 @@ def judge(trainer: RunTrainer, held_out: Dataset, data: DataArguments) -> None:
     add_nats(result, trainer.model, collator, group_key, seed=0)
     add_groups(result, group_key, seed=0)
     add_final_traces(trainer, rows)
+    if drift is not None:
+        add_drift(result, drift)
     folder = Path(str(config.output_dir))
     result.extra["trained_on"] = trained_on(folder / TRAINED_FILE, rows, config.privileged_key)
     show(result, console, 2)
