@@ -180,6 +180,9 @@ def test_a_line_under_a_heading_is_no_heading(line):
 def test_a_prompt_is_split_into_its_rules():
     assert rules("Be brief.\nNever use lists.") == ["Be brief.", "Never use lists."]
     assert rules("Be brief. Never use lists.") == ["Be brief.", "Never use lists."]
+    prompt = "Be brief.\n\n- Never use lists,\n  nor tables.\n- Be kind.\n\nUser: Hello.\nAssistant: Hi.\n"
+    parts = ["Be brief.", "- Never use lists,\n  nor tables.", "- Be kind.", "User: Hello.\nAssistant: Hi."]
+    assert rules(prompt) == parts
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
@@ -328,6 +331,24 @@ def test_an_edited_question_is_judged_again(keeper):
     assert not keeper.needs_judging(question)
     question.question = "Which colour has the lighthouse?"
     assert keeper.needs_judging(question)
+
+
+def test_a_prompt_is_measured_rule_by_rule(keeper):
+    """Each rule alone is the PI of the same requests; a prompt of one rule is measured as a whole alone."""
+    from pgkd_peft.view.report_coverage import coverage_section
+
+    asked = [Question("Hello there?", passage=0, use=use) for use in ("heldout", "train")]
+    prompt = Passage(0, "system prompt", (), "Be very brief.\nNever write lists.")
+    found = coverage.rule_by_rule(keeper.model, keeper.collator, prompt, asked, max_new_tokens=4)
+    assert [(rule["text"], len(rule["questions"])) for rule in found] == [
+        ("Be very brief.", 2),
+        ("Never write lists.", 2),
+    ]
+    assert found[0]["questions"][0]["teacher"] != found[1]["questions"][0]["teacher"]
+    page = coverage_section({"passages": found[:1], "rules": found, "kind": "system prompt"})
+    assert page.count("Never write lists.") == 1
+    alone = Passage(0, "system prompt", (), "Be very brief.")
+    assert coverage.rule_by_rule(keeper.model, keeper.collator, alone, asked, max_new_tokens=4) == []
 
 
 def test_shares_are_of_sums():

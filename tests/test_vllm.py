@@ -215,7 +215,8 @@ def test_a_server_that_is_killed_in_a_rollout_and_started_again(base, tmp_path):
         resumed.train(resume_from_checkpoint=True)
     losses = [entry["step"] for entry in resumed.state.log_history if "loss" in entry]
     assert losses == [1, 2, 3, 4]
-    record(what="killed in the rollout of step 3, resumed", steps=losses, said=str(error.value).replace(str(tmp_path), ""))
+    said = str(error.value).replace(str(tmp_path), "")
+    record(what="killed in the rollout of step 3, resumed", steps=losses, said=said)
 
 
 def test_speed_beside_our_own_engines(trained):

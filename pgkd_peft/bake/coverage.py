@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..model.load import base_of
 from ..rollout import generate
 from ..run.jsonl import write_json
 from .questions import Question
-from .split import Passage
+from .split import Passage, rules
 
 PALE = 0.5
 """A passage of which less than this share was taken over is asked about again by ``--more``."""
@@ -100,6 +101,26 @@ def measure(
             }
         )
     return {"passages": found}
+
+
+def rule_by_rule(
+    model: nn.Module,
+    collator: DataCollatorForPrivilegedGKD,
+    prompt: Passage,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """What each rule of a system prompt changes by itself, and how much of that was taken over: as the passages of
+    :func:`measure`, with the rule alone as PI and the requests of the whole prompt. Empty for a prompt of one rule."""
+    parts = rules(prompt.text)
+    if len(parts) < 2:
+        return []
+    passages = [Passage(number, prompt.source, (), text) for number, text in enumerate(parts)]
+    asked = [replace(question, passage=passage.number) for passage in passages for question in choose(questions)]
+    alone = {passage.number: passage.text for passage in passages}
+    found = measure(model, collator, passages, alone, asked, max_new_tokens=max_new_tokens)
+    return found["passages"]
 
 
 def share(base: np.ndarray, teacher: np.ndarray, student: np.ndarray, lengths: np.ndarray) -> float | None:

@@ -199,6 +199,17 @@ def asked_in(passages: Sequence[Passage]) -> list[tuple[str, Passage]]:
 
 
 def rules(prompt: str) -> list[str]:
-    """The parts of a system prompt, for asking about them one by one: its lines, or the sentences of a single line."""
-    lines = [line.strip() for line in prompt.splitlines() if any(char.isalnum() for char in line)]
-    return lines if len(lines) > 1 else [part.strip() for part in sentences(prompt) if part.strip()]
+    """The parts of a system prompt that are looked at one by one: blocks between blank lines, of a list its items; of a
+    single block its lines, of a single line its sentences."""
+    blocks = [block.splitlines() for block in re.split(r"\n\s*\n", prompt) if any(char.isalnum() for char in block)]
+    found: list[str] = []
+    for lines in blocks:
+        if len(blocks) == 1 or sum(bool(_ITEM.match(line)) for line in lines) > 1:
+            for line in lines:
+                if found and not _ITEM.match(line) and line.startswith((" ", "\t")):
+                    found[-1] += "\n" + line.rstrip()  # goes on from the item above
+                elif any(char.isalnum() for char in line):
+                    found.append(line.strip())
+        else:
+            found.append("\n".join(lines).strip())
+    return found if len(found) > 1 else [part.strip() for part in sentences(prompt) if part.strip()]

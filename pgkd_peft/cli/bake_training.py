@@ -73,6 +73,10 @@ def train_and_judge(
     found = coverage.measure(
         trainer.model, trainer.contexts, passages, privileged, questions, max_new_tokens=trainer.args.max_new_tokens
     )
+    if state.get("kind") == "system prompt" and not budget.is_over(1.0):
+        found["rules"] = coverage.rule_by_rule(
+            trainer.model, trainer.contexts, passages[0], questions, max_new_tokens=trainer.args.max_new_tokens
+        )
     if drift is not None:
         state["drift"] = drift.kl
         results = {**read_json(folder / RESULTS_FILE), "drift": drift.kl, "drift_details": asdict(drift)}

@@ -35,6 +35,8 @@ def coverage_section(coverage: Mapping[str, Any]) -> str:
             if headings:
                 parts.append(f"<h3>{escape(' › '.join(headings))}</h3>")
         parts.append(_passage(passage))
+    if rules := coverage.get("rules"):
+        parts += ["<h3>Rule by rule: what each changes by itself</h3>", *map(_passage, rules)]
     return "\n".join([*parts, "</div>", "</section>"])
 
 
