@@ -348,7 +348,10 @@ def collator_of(run: AdapterRun, *, trust_remote_code: bool = False) -> DataColl
     source = run.folder if (run.folder / TOKENIZER_CONFIG).is_file() else run.base
     tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
     # of an answer only the prompt is read here, so no length is too long
-    limits = {"max_length": None, "vocabulary": getattr(text_config(run.base, trust_remote_code), "vocab_size", None)}
+    limits = {
+        "max_length": None,
+        "vocabulary": getattr(text_config(str(run.base), trust_remote_code), "vocab_size", None),
+    }
     return DataCollatorForPrivilegedGKD.from_settings(tokenizer, run.info.get("config", {}), **limits)
 
 
