@@ -391,6 +391,35 @@ def feedback_table() -> str:
     return table(head, rows) if rows else "Not measured yet."
 
 
+def deploy_table() -> str:
+    """The newest line of each type, in the order of size."""
+    last = {line["type"]: line for line in lines("deploy.jsonl")}
+    head = (
+        "GGUF",
+        "MB",
+        "KL to the trained model, nats/token",
+        "top-1 agreement",
+        "right by llama.cpp",
+        "recovered gap",
+    )
+    rows = (
+        (
+            name.upper(),
+            f"{line['megabytes']:.0f}",
+            f"{line['kl_mean']:.1g}" if line["kl_mean"] < 1e-3 else f"{line['kl_mean']:.3f}",
+            f"{100 * line['top1_agreement']:.1f} %",
+            f"{line['right'] * line['n']:.0f} of {line['n']}",
+            f"{line['recovered']:.2f}",
+        )
+        for name, line in sorted(last.items(), key=lambda item: -item[1]["megabytes"])
+    )
+    if not last:
+        return "Not measured yet."
+    one = next(iter(last.values()))
+    trained = ("as trained", "", "", "", f"{one['trained']['student'] * one['n']:.0f} of {one['n']}")
+    return table(head, [(*trained, f"{one['trained']['recovered']:.2f}"), *rows])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "bakes": bakes,
     "bake ablations": bake_ablations,
@@ -403,6 +432,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "export": export_table,
     "front": front_table,
     "feedback": feedback_table,
+    "deploy": deploy_table,
 }
 _BLOCK = re.compile(r"(<!-- numbers: ([\w ]+) -->\n)(.*?)(<!-- /numbers -->)", re.DOTALL)
 
