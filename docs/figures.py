@@ -469,6 +469,16 @@ def figures() -> dict[str, Any]:
         values |= {f"{line['name']}_{key}": value for key, value in line.items()}
         if "recovered_interval" in line:
             values |= {f"{line['name']}_{end}": line["recovered_interval"][i] for i, end in enumerate(("low", "high"))}
+    vllm = {line["what"] + str(line.get("prompts", "")): line for line in lines("vllm.jsonl")}  # the newest of each
+    values["vllm_low"], values["vllm_high"] = (
+        min(vllm["ten steps, bf16"]["mismatch"]),
+        max(vllm["ten steps, bf16"]["mismatch"]),
+    )
+    values["vllm_floor"] = vllm["ten steps, bf16"]["floor"]
+    values["vllm_same"], values["vllm_base"] = (
+        100 * vllm["greedy, bf1612"][name] for name in ("same_tokens", "base_instead")
+    )
+    values |= {f"vllm_{name}": vllm["tokens/s16"][name] for name in ("server", "merged", "adapter")}
     through = {line["method"]: line for line in divergence_lines() if line["vocab"] == 49152}
     values["trainer_times"] = through["trainer"]["cpu_seconds"] / through["floor"]["cpu_seconds"]
     values["trainer_error"] = 100 * through["trainer"]["gradient_error"]
@@ -505,6 +515,12 @@ SENTENCES: dict[str, list[str]] = {
         "{export_right:.0f} of 40 answers right before",
         "moves the base by {export_adapter:.2f} nats a token",
         "adapter peaks at {merge_gib:.1f} GiB of memory",
+    ],
+    "docs/vllm.md": [
+        "In bf16 the bases differ by {vllm_floor:.3f}, the ten steps by {vllm_low:.3f} to {vllm_high:.3f}, and "
+        "{vllm_same:.0f} % of the tokens of greedy answers come before the first that differs ({vllm_base:.0f} % where",
+        "writes {vllm_server:.0f} tokens/s, our merged copy {vllm_merged:.0f}, the model with its adapter "
+        "{vllm_adapter:.0f}",
     ],
     FACTS: [
         "{facts_seconds} s of training with one thread beside other work, {facts_gib:.1f} GiB",

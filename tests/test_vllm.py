@@ -36,7 +36,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="run by ma
 
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "vllm.jsonl"
 STEPS = 10
-SAME_TOKENS = 0.8  # greedy, bf16: share of tokens before the first that differs; one near-tie ends a completion
+# Greedy, bf16: share of tokens before the first that differs; one near-tie ends a completion. Two runs gave 0.88 and
+# 0.82, the base instead of the student 0.31 and 0.32.
+SAME_TOKENS = 0.7
 
 
 @pytest.fixture(scope="module")
