@@ -344,7 +344,9 @@ def front_lines() -> dict[str, list[dict[str, Any]]]:
     """The facts' lines of front.jsonl as the recipe has them but for the condition, by condition."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines("front.jsonl"):
-        usual = line["judged_on"]["dataset_name"] == "builtin:facts_phrasings" and line["told"]["max_steps"] == 110
+        usual = (
+            line["judged_on"]["dataset_name"] == "builtin:facts_phrasings" and line["told"].get("max_steps", 110) == 110
+        )
         if line["recipe"] == FACTS and usual:
             found.setdefault(line["condition"], {})[line["seed"]] = line
     return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in found.items()}
@@ -352,6 +354,7 @@ def front_lines() -> dict[str, list[dict[str, Any]]]:
 
 METHOD_WORDS = {
     "pi": "the PI",
+    "bake": "the facts' text alone (`pgkd bake`, its own questions, ten minutes)",
     "sft": "plain SFT on the reference answers",
     "offline": "the PI, no rollouts (`lmbda: 0`)",
     "takeover": "the PI, mixed rollouts (`teacher_takeover: 0.2`)",

@@ -12,6 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 24, 40, 58
 LOW, HIGH = -0.05, 1.1  # of the recovered gap
 COLOURS = {
     "pi": "#0969da",
+    "bake": "#bf3989",
     "takeover": "#8250df",
     "offline": "#1a7f37",
     "sft": "#bc4c00",
@@ -20,6 +21,7 @@ COLOURS = {
 }
 NAMES = {
     "pi": "privileged information",
+    "bake": "a bake of the text",
     "takeover": "the same, mixed rollouts",
     "offline": "the same, no rollouts",
     "sft": "plain SFT",

