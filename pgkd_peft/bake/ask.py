@@ -161,12 +161,13 @@ class BaseWriter:
         wish = f"Write one question about this that names {subject(task.passage)}."
         asked = f"{task.passage.privileged}\n{wish}"
         turns.append({"role": "user", "content": asked})
-        return [*self.encode(turns), *self._continued(task.opening)]
+        return [*self.encode(turns), *self.continued(task.opening)]
 
     def encode(self, turns: list[dict[str, str]]) -> list[int]:
         return self.collator.encode({"messages": turns})["student_ids"]
 
-    def _continued(self, text: str) -> list[int]:
+    def continued(self, text: str) -> list[int]:
+        """The ids of text that goes on from what stands before, without a beginning of its own."""
         return self.collator.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def common(self, count: int, path: tuple[int, ...]) -> list[str]:
@@ -181,7 +182,7 @@ class BaseWriter:
         for opening, question in COMMON_EXAMPLES:
             turns += [wish(opening), {"role": "assistant", "content": question}]
         openings = [opening for _, opening in rounds(count)]
-        prompts = [[*self.encode([*turns, wish(opening)]), *self._continued(opening)] for opening in openings]
+        prompts = [[*self.encode([*turns, wish(opening)]), *self.continued(opening)] for opening in openings]
         written = self.write(prompts, path, most=20, temperature=1.0)
         asked = (tidy(f"{opening} {text}") for opening, (text, _) in zip(openings, written))
         return [question for question in asked if question]
@@ -200,10 +201,20 @@ class BaseWriter:
 
     def user_opening(self) -> list[int] | None:
         """The prompt up to where a user's words begin; None where the template hides it."""
+        before, found = self.shown_before_user()
+        return self.continued(before) if found and before.strip() else None
+
+    def shown_before_user(self, system: str | None = None, above: str = "") -> tuple[str, bool]:
+        """What the template shows before a user's words, and whether it shows them at all.
+
+        Args:
+            system: words of a system turn. above: words above the user's, in the same turn.
+        """
         mark = "Zebrafish"
-        text = self.collator.encode({"messages": [{"role": "user", "content": mark}]})["student_text"]
-        before, found, _ = text.partition(mark)
-        return self._continued(before) if found and before.strip() else None
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        turns.append({"role": "user", "content": above + mark})
+        before, found, _ = self.collator.encode({"messages": turns})["student_text"].partition(mark)
+        return before, bool(found)
 
 
 def tidy(text: str) -> str:
@@ -312,16 +323,11 @@ def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...
     """(kind, request) for a system prompt: about its subject (the template opened after the prompt), everyday,
     and in the form of questions on what everybody knows."""
     asked: list[tuple[str, str]] = []
-    mark = "Zebrafish"
-    turns = [{"role": "system", "content": prompt}, {"role": "user", "content": mark}]
     try:
-        text = writer.collator.encode({"messages": turns})["student_text"]
+        before, _ = writer.shown_before_user(system=prompt)
     except DataError:  # a template without system turns: there the prompt stands above the user's words
-        text = writer.collator.encode({"messages": [{"role": "user", "content": f"{prompt}\n\n{mark}"}]})[
-            "student_text"
-        ]
-    before = text.partition(mark)[0]
-    opening = writer.collator.tokenizer(before, add_special_tokens=False)["input_ids"]
+        before, _ = writer.shown_before_user(above=f"{prompt}\n\n")
+    opening = writer.continued(before)
     written = writer.write([opening] * count, (*path, 1), most=40, temperature=1.0)
     on_topic = (tidy_request(text) for text, ended in written if ended)
     asked += [("on topic", text) for text in on_topic if text]

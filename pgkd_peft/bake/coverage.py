@@ -61,14 +61,20 @@ def measure(
     encoded = [collator.encode(row) for row in rows]
     plain, better = [row["student_ids"] for row in encoded], [row["teacher_ids"] for row in encoded]
     pad, stops = collator.pad_token_id, stop_ids(collator.tokenizer, base_of(model).generation_config)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "pad_id": pad}
+    distinct = list(dict.fromkeys(map(tuple, plain)))  # rules are asked the same requests
+
+    def plainly(weights: nn.Module) -> list[list[int]]:
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "pad_id": pad}
+        written = dict(zip(distinct, generate(weights, [list(ids) for ids in distinct], **settings)))
+        return [written[tuple(ids)] for ids in plain]
+
     answers = teacher_answers(model, collator, rows, max_new_tokens=max_new_tokens)
     with adapter_state(model, "disabled") as weights:
         base, teacher = answer_nll(weights, plain, answers, pad), answer_nll(weights, better, answers, pad)
-        said = {"teacher": answers, "base": generate(weights, plain, **settings)}
+        said = {"teacher": answers, "base": plainly(weights)}
     with adapter_state(model, "shared") as weights:
         student = answer_nll(weights, plain, answers, pad)
-        said["student"] = generate(weights, plain, **settings)
+        said["student"] = plainly(weights)
     texts = {
         name: [collator.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
         for name, completions in said.items()

@@ -438,10 +438,9 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
         raise ConfigError(
             f"{str(folder)!r} holds a bake of another text, or into another model; --more goes on from it"
         )
-    folders = rounds_of(folder)
-    finished = [path for path in folders if is_finished(path)]
+    finished = [path for path in rounds_of(folder) if is_finished(path)]
     newest, number = finished[-1], len(finished)
-    target = folder / ("more" if number == 1 else f"more-{number}")
+    target = more_folder(folder, number)
     console = Console()
     rest = coverage.pale(read_json(newest / COVERAGE_FILE))
     if not rest:
@@ -477,9 +476,14 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
 def rounds_of(folder: Path) -> list[Path]:
     """The folders of a bake and of each `--more` after it, as far as they are there."""
     found = [folder]
-    while (path := folder / ("more" if len(found) == 1 else f"more-{len(found)}")).is_dir():
+    while (path := more_folder(folder, len(found))).is_dir():
         found.append(path)
     return found
+
+
+def more_folder(folder: Path, number: int) -> Path:
+    """Where the `--more` of this number, from 1, is written."""
+    return folder / ("more" if number == 1 else f"more-{number}")
 
 
 def without_lora(flags: Sequence[str], adapter: Path, console: Console) -> list[str]:

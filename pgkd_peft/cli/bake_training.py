@@ -148,11 +148,9 @@ def deadline(budget: pipeline.Budget, console: Any) -> Any:
 def learning_rate(name: str, config: PrivilegedGKDConfig) -> float:
     """The rule for a LoRA of this width (:func:`~pgkd_peft.model.rates.lora_learning_rate`), as the peak of a fall."""
     from ..model.rates import lora_learning_rate
-    from ..model.student import text_config
+    from ..model.student import text_config_for
 
-    revision = (config.model_init_kwargs or {}).get("revision")
-    width = text_config(name, config.trust_remote_code, revision).hidden_size
-    return float(f"{RATE_FACTOR * lora_learning_rate(width):.3g}")
+    return float(f"{RATE_FACTOR * lora_learning_rate(text_config_for(name, config).hidden_size):.3g}")
 
 
 def steps_that_fit(flags: list[str], folder: Path, wanted: int, budget: pipeline.Budget, console: Any) -> int:

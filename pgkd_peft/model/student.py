@@ -78,8 +78,7 @@ def _revision(model: Any, args: PrivilegedGKDConfig) -> str | None:
 def context_length(model: Any, args: PrivilegedGKDConfig) -> int | None:
     """Positions that the model has (``max_position_embeddings``), read before its weights are; None where it says
     nothing."""
-    config = text_config(model, args.trust_remote_code, _revision(model, args))
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(text_config_for(model, args), "max_position_embeddings", None)
 
 
 def embedding_rows(model: Any, args: PrivilegedGKDConfig) -> int | None:
@@ -87,7 +86,12 @@ def embedding_rows(model: Any, args: PrivilegedGKDConfig) -> int | None:
     where it says nothing."""
     if isinstance(model, torch.nn.Module):
         return int(base_of(model).get_input_embeddings().weight.shape[0])
-    return getattr(text_config(model, args.trust_remote_code, _revision(model, args)), "vocab_size", None)
+    return getattr(text_config_for(model, args), "vocab_size", None)
+
+
+def text_config_for(model: Any, args: PrivilegedGKDConfig) -> Any:
+    """:func:`text_config` as these arguments would load the model."""
+    return text_config(model, args.trust_remote_code, _revision(model, args))
 
 
 def text_config(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any:
