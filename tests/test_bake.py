@@ -347,6 +347,8 @@ def test_a_prompt_is_measured_rule_by_rule(keeper):
     assert found[0]["questions"][0]["teacher"] != found[1]["questions"][0]["teacher"]
     page = coverage_section({"passages": found[:1], "rules": found, "kind": "system prompt"})
     assert page.count("Never write lists.") == 1
+    page = coverage_section({"passages": [{**found[0], "recovered": None}, {**found[1], "recovered": 0.25}]})
+    assert "changes little" in page and "25 %" in page  # of a small change no share is told
     alone = Passage(0, "system prompt", (), "Be very brief.")
     assert coverage.rule_by_rule(keeper.model, keeper.collator, alone, asked, max_new_tokens=4) == []
 
@@ -357,6 +359,7 @@ def test_shares_are_of_sums():
     base, teacher, student = np.array([10.0, 4.0]), np.array([2.0, 2.0]), np.array([6.0, 4.0])
     assert coverage.share(base, teacher, student, np.array([5.0, 5.0])) == pytest.approx(0.4)
     assert coverage.share(teacher, teacher, student, np.array([5.0, 5.0])) is None
+    assert coverage.share(base, teacher, student, np.array([5.0, 5.0]), 6.0) is None  # 5 nats an answer
     found = {
         "passages": [{"number": 0, "recovered": 0.9}, {"number": 1, "recovered": 0.1}, {"number": 2, "recovered": None}]
     }

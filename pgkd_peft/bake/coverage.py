@@ -17,6 +17,7 @@ from ..model.adapters import adapter_state
 from ..model.load import base_of
 from ..rollout import generate
 from ..run.jsonl import write_json
+from .keep import LEAST_GAP
 from .questions import Question
 from .split import Passage, rules
 
@@ -44,16 +45,18 @@ def measure(
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
+    least_gap: float = 0.0,
 ) -> dict[str, Any]:
     """What the report shows: every passage with its recovered gap, its questions, and the three answers to them.
 
     Args:
         model: a PeftModel; the base is the model with its adapter disabled.
+        least_gap: nats an answer that a passage must change on average, for a share of it to be told.
 
     Returns:
         Plain JSON types: ``passages``, each with ``number``, ``source``, ``headings``, ``text``, ``recovered`` (None
-        where no question was kept) and ``questions``, each with ``question``, ``held_out``, ``recovered``, ``base``,
-        ``teacher``, ``student``.
+        where no question was kept, or too little is changed) and ``questions``, each with ``question``, ``held_out``,
+        ``recovered``, ``base``, ``teacher``, ``student``.
     """
     asked = choose(questions)
     key = collator.builder.privileged_key
@@ -102,7 +105,7 @@ def measure(
                 "source": passage.source,
                 "headings": list(passage.headings),
                 "text": passage.text,
-                "recovered": share(base[at], teacher[at], student[at], lengths[at]) if at else None,
+                "recovered": share(base[at], teacher[at], student[at], lengths[at], least_gap) if at else None,
                 "questions": records[passage.number],
             }
         )
@@ -125,14 +128,17 @@ def rule_by_rule(
     passages = [Passage(number, prompt.source, (), text) for number, text in enumerate(parts)]
     asked = [replace(question, passage=passage.number) for passage in passages for question in choose(questions)]
     alone = {passage.number: passage.text for passage in passages}
-    found = measure(model, collator, passages, alone, asked, max_new_tokens=max_new_tokens)
+    found = measure(model, collator, passages, alone, asked, max_new_tokens=max_new_tokens, least_gap=LEAST_GAP)
     return found["passages"]
 
 
-def share(base: np.ndarray, teacher: np.ndarray, student: np.ndarray, lengths: np.ndarray) -> float | None:
-    """(NLL_base - NLL_student) / (NLL_base - NLL_teacher); None where the PI changes next to nothing."""
+def share(
+    base: np.ndarray, teacher: np.ndarray, student: np.ndarray, lengths: np.ndarray, least_gap: float = 0.0
+) -> float | None:
+    """(NLL_base - NLL_student) / (NLL_base - NLL_teacher); None where the PI changes next to nothing, or less than
+    `least_gap` nats an answer."""
     gap = float((base - teacher).sum())
-    if gap <= SMALLEST_GAP * float(lengths.sum()):
+    if gap <= max(SMALLEST_GAP * float(lengths.sum()), least_gap * len(lengths)):
         return None
     return round(float((base - student).sum()) / gap, 4)
 

@@ -42,7 +42,8 @@ def coverage_section(coverage: Mapping[str, Any]) -> str:
 
 def _passage(passage: Mapping[str, Any]) -> str:
     share = passage.get("recovered")
-    label = f"{100 * share:.0f} %" if is_number(share) else "?"
+    unknown = "changes little" if passage["questions"] else "?"
+    label = f"{100 * share:.0f} %" if is_number(share) else unknown
     strength = min(1.0, max(0.0, share)) if is_number(share) else 0.0
     known = "known" if is_number(share) else "unknown"
     head = (
