@@ -192,8 +192,8 @@ def starting_adapter_warning(model: PeftModel) -> str | None:
     else:
         return None
     return (
-        f"teacher_adapter='disabled', but {reason}: the teacher is not the model that training starts from, and the "
-        "student would be taught to forget the difference. Use teacher_adapter='initial' to continue from it."
+        f"teacher_adapter='disabled', but {reason}: the teacher is not the model that training starts from, and of the "
+        "difference only that stays which these rows teach anew. With teacher_adapter='initial' all of it stays."
     )
 
 
