@@ -324,6 +324,21 @@ def test_what_becomes_of_a_question(keeper, monkeypatch, gap, unsure, answer, us
     assert by_hand.use == ("train" if answer else "dropped")
 
 
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("Red.", ""),
+        ("Its door is red.", ""),
+        ("Tea.", "the answer says nothing new"),
+        ("It was not from there.", "the answer says nothing new"),
+    ],
+)
+def test_short_words_inform_as_well(keeper, monkeypatch, answer, why):
+    monkeypatch.setitem(keeper.privileged, 0, "The lighthouse of Harrow was painted violet, and the door is red.")
+    question = Question("What colour is the door?", passage=0, gap=9.0, unsure=0.1, answer=answer)
+    assert keeper._fault(question, True) == why
+
+
 def test_an_edited_question_is_judged_again(keeper):
     question = Question("What colour is the lighthouse?", passage=0)
     assert keeper.needs_judging(question)
@@ -348,7 +363,8 @@ def test_a_prompt_is_measured_rule_by_rule(keeper):
     page = coverage_section({"passages": found[:1], "rules": found, "kind": "system prompt"})
     assert page.count("Never write lists.") == 1
     page = coverage_section({"passages": [{**found[0], "recovered": None}, {**found[1], "recovered": 0.25}]})
-    assert "changes little" in page and "25 %" in page  # of a small change no share is told
+    assert "changes little" in page  # of a small change no share is told
+    assert "25 %" in page
     alone = Passage(0, "system prompt", (), "Be very brief.")
     assert coverage.rule_by_rule(keeper.model, keeper.collator, alone, asked, max_new_tokens=4) == []
 

@@ -277,8 +277,8 @@ _NAME = re.compile(rf"(?<![.!?:\n])[ \t(\"']+({_CAPITAL}\w+)")
 _WORD = re.compile(r"[\w\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+")  # marks above and below Thai letters are no \w
 
 
-def content_words(text: str) -> set[str]:
-    """Words that can name something: of five letters and more, numbers, and capitalised ones; in lower case.
+def content_words(text: str, shortest: int = 5) -> set[str]:
+    """Words that can name something: of `shortest` letters and more, numbers, and capitalised ones; in lower case.
 
     In scripts without spaces every run of two characters counts as one.
     """
@@ -286,7 +286,7 @@ def content_words(text: str) -> set[str]:
     for word in _WORD.findall(text):
         if UNSPACED.search(word):
             found |= {word[i : i + 2] for i in range(len(word) - 1)} or {word}
-        elif len(word) >= 5 or word[0].isupper() or any(char.isdigit() for char in word):
+        elif len(word) >= shortest or word[0].isupper() or any(char.isdigit() for char in word):
             found.add(word.lower())
     return found - _COMMON
 
@@ -294,6 +294,8 @@ def content_words(text: str) -> set[str]:
 _COMMON = {
     *("what", "which", "where", "there", "their", "about", "these", "those", "would", "could", "should", "please"),
     *("when", "who", "why", "how", "tell", "name", "give", "describe", "the", "can", "you", "does", "know", "write"),
+    *("yes", "no", "and", "but", "for", "this", "they", "he", "she", "we", "his", "her", "on", "at", "by", "to", "of"),
+    *("was", "were", "been", "had", "not", "with", "from", "into", "than", "then", "them", "also", "will", "some"),
     *("i", "a", "in", "is", "are", "do", "did", "has", "have", "one", "question", "explain", "it", "its", "that"),
 }
 

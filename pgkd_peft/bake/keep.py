@@ -179,14 +179,14 @@ class Keeper:
 
     def _informs(self, question: Question) -> bool:
         assert question.passage is not None
-        known = content_words(self.privileged[question.passage])
-        new = content_words(question.answer) - content_words(question.question)
+        known = content_words(self.privileged[question.passage], shortest=3)
+        new = content_words(question.answer, shortest=3) - content_words(question.question, shortest=3)
         return not known or bool(new & known)
 
     def _foreign(self, question: Question) -> float:
         assert question.passage is not None
         words = content_words(question.answer)
-        known = content_words(self.privileged[question.passage]) | content_words(question.question)
+        known = content_words(f"{self.privileged[question.passage]} {question.question}", shortest=1)
         return len(words - known) / max(1, len(words))
 
     def _held_out(self, question: Question) -> bool:

@@ -47,7 +47,8 @@ def run_once(name: str, seed: int, folder: Path) -> dict:
         "seed": seed,
         **{key: judged.get(key) for key in ("base", "teacher", "student", "recovered", "recovered_interval", "n")},
         "scorer": judged_by[1],
-        **{key: info[key] for key in ("automatic", "steps", "seconds", "peak_memory_mib", "device", "threads", "versions")},
+        **{key: info[key] for key in ("automatic", "steps", "seconds", "peak_memory_mib")},
+        **{key: info[key] for key in ("device", "threads", "versions")},
         "load": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d"),
     }
