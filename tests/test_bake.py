@@ -15,7 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from peft import get_peft_model_state_dict
 from runs import context
+from safetensors.torch import load_file
 from tiny import STRICT, byte_tokenizer, save_tiny
 
 from pgkd_peft import DataCollatorForPrivilegedGKD, cli
@@ -479,8 +482,6 @@ def flags(base: str, out: Path, document: Path, server: str) -> list[str]:
 
 def child(argv: list[str], die: str | None) -> None:
     """Run the command, and kill this process at one of three places."""
-    import torch
-
     torch.set_num_threads(1)
 
     def after(owner, name: str, count: int) -> None:
@@ -807,6 +808,27 @@ def test_a_training_that_is_slower_than_measured_ends_in_time(base, server, tmp_
     assert (tmp_path / "run" / "coverage.json").is_file()
 
 
+def test_the_base_is_loaded_once_and_measuring_a_step_leaves_no_trace(base, server, tmp_path, monkeypatch):
+    from pgkd_peft.cli import bake_training as command
+    from pgkd_peft.model import student
+
+    monkeypatch.setattr(command, "LEAST_STEPS", 7)
+    monkeypatch.setattr(command, "EPOCHS", 0.1)
+    loads, load = [], student.load_base
+    monkeypatch.setattr(student, "load_base", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs))
+    document = tmp_path / "doc.md"
+    document.write_text(DOCUMENT)
+    for name, more in (("timed", ["--minutes", "60"]), ("free", [])):
+        argv = flags(base, tmp_path / name, document, server)
+        at = argv.index("--max_steps")
+        assert cli.main([*argv[:at], *argv[at + 2 :], *more, "--dtype", "float32"]) == 0
+        info = json.loads((tmp_path / name / "run.json").read_text())
+        assert (info["steps"], info["config"]["model_init_kwargs"]) == (7, {"dtype": "float32"})
+    assert len(loads) == 2
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("timed", "free")]
+    assert adapters[0] == adapters[1]
+
+
 def test_what_was_trained_but_not_judged_is_judged_by_the_next_call(base, server, tmp_path, monkeypatch):
     from pgkd_peft import PrivilegedSelfDistillTrainer
 
@@ -841,17 +863,27 @@ def test_more_goes_on_from_the_newest_and_stops_where_a_bake_does(base, server, 
     own.write_text("What colour is my lighthouse at Ammersby?\n")
     run = tmp_path / "run"
     argv = flags(base, run, document, server)
-    assert cli.main([*argv, "--dry_run"]) == 0
+    assert cli.main(argv) == 0
     pale = {"passages": [{"number": 0, "recovered": 0.1}, {"number": 1, "recovered": 0.9}]}
 
     def finish(folder):
         for name, content in (("run.json", {"finished": True}), ("coverage.json", pale)):
             (folder / name).write_text(json.dumps(content))
-        (folder / "adapter_model.safetensors").write_bytes(b"")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / name).write_bytes((run / name).read_bytes())
 
     finish(run)
     trained = []
-    monkeypatch.setattr(command, "train_and_judge", lambda *args: (trained.append(args), finish(args[3])))
+
+    def train(*args):
+        learnt = load_file(run / "adapter_model.safetensors")
+        starts_with = get_peft_model_state_dict(args[3])
+        assert learnt.keys() == starts_with.keys()
+        assert all(torch.equal(learnt[name], starts_with[name]) for name in learnt)
+        trained.append(args)
+        finish(args[4])
+
+    monkeypatch.setattr(command, "train_and_judge", train)
     assert cli.main([*argv, "--more", "--dry_run", "--requests", str(own)]) == 0
     assert not trained
     asked = read_questions(run / "more" / "questions.jsonl", 2)
@@ -860,7 +892,7 @@ def test_more_goes_on_from_the_newest_and_stops_where_a_bake_does(base, server, 
     assert cli.main([*argv, "--more"]) == 2  # --requests is missing
     assert cli.main([*argv, "--more", "--requests", str(own)]) == 0
     assert cli.main([*argv, "--more"]) == 0
-    assert [args[3] for args in trained] == [run / "more", run / "more-2"]
+    assert [args[4] for args in trained] == [run / "more", run / "more-2"]
     for args, adapter in zip(trained, (run, run / "more")):
         at = len(args[0]) - 1 - args[0][::-1].index("--model_name_or_path")
         assert args[0][at + 1] == str(adapter)

@@ -31,6 +31,7 @@ from .bake_training import train_and_judge
 from .trl_names import translate_flags, translate_recipe
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from rich.console import Console
 
     from ..bake.keep import Keeper
@@ -203,6 +204,7 @@ class Job:
         folder: the run's, or of `--more` one below it.
         state: what stands in its ``bake.json``.
         anew: what is in the folder is to go.
+        adapter: of a finished bake, which training goes on from; the questions are the base's all the same.
     """
 
     args: BakeArguments
@@ -215,6 +217,7 @@ class Job:
     budget: pipeline.Budget
     console: Console
     anew: bool = False
+    adapter: Path | None = None
 
 
 def bake(args: BakeArguments, train_flags: list[str]) -> int:
@@ -238,11 +241,11 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
     budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
     plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
     job = Job(args, passages, model, config, folder, state, plan, budget, Console(), data.overwrite)
-    questions, keeper = write_questions(job)
+    questions, keeper, student = write_questions(job)
     if args.dry_run:
         job.console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
         return 0
-    train_and_judge(train_flags, passages, (questions, keeper), folder, state, budget, job.console)
+    train_and_judge(train_flags, passages, (questions, keeper), student, folder, state, budget, job.console)
     return 0
 
 
@@ -328,16 +331,19 @@ def progress(console: Any) -> Iterator[Any]:
         yield tick
 
 
-def write_questions(job: Job) -> tuple[list[Question], Keeper]:
+def write_questions(job: Job) -> tuple[list[Question], Keeper, PeftModel]:
     """Ask and judge, or take up what an earlier call and the user's edits have left; nothing is written before the
-    model is there."""
+    model is there, which then trains as well."""
     import torch
+    from peft import LoraConfig
+    from transformers import set_seed
 
     from ..bake.ask import BaseWriter
     from ..bake.keep import LEAST_GAP, Keeper
     from ..bake.server import ServerWriter
     from ..data.collator import DataCollatorForPrivilegedGKD
     from ..engines.merged import RolloutEngine
+    from ..model.adapters import load_adapter
     from ..model.load import base_of
     from ..model.student import build_student, find_tokenizer
     from .arguments import lora_config, quantization_config
@@ -358,7 +364,12 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper]:
     console.print(f"{len(passages)} passages, {sum(word_count(p.text) for p in passages)} words", highlight=False)
     # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
     # dequantizing every weight for every token.
-    student, _ = build_student(name, config, lora_config(job.model), quantization_config(job.model, config))
+    set_seed(config.seed)  # of the LoRA, as the trainer does it
+    lora = lora_config(job.model)
+    if job.adapter is not None:
+        lora = LoraConfig.from_pretrained(str(job.adapter), inference_mode=False)
+    student, loaded = build_student(name, config, lora, quantization_config(job.model, config))
+    console.print(loaded, highlight=False, markup=False)
     accept(job)
     engine = RolloutEngine(student, config.rollout_engine, base_of(student).get_input_embeddings().weight.dtype)
     with torch.no_grad(), engine.model() as model, progress(console) as tick:
@@ -383,8 +394,10 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper]:
             del state["asking"]
             write_json(job.folder / BAKE_FILE, state)
     console.print(f"{pipeline.counted(questions)} [{job.budget.spent:.0f} s]", highlight=False, markup=False)
-    keeper.model = None  # type: ignore[assignment]  # let go of, before training loads it again
-    return questions, keeper
+    keeper.model = None  # type: ignore[assignment]  # the engine's copy is let go of
+    if job.adapter is not None:
+        load_adapter(student, job.adapter)
+    return questions, keeper, student
 
 
 def accept(job: Job) -> None:
@@ -463,13 +476,14 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
         is_prompt=args.is_prompt,
         seed=config.seed + number,
     )
-    questions, keeper = write_questions(Job(args, passages, model, config, target, state, plan, budget, console))
+    job = Job(args, passages, model, config, target, state, plan, budget, console, adapter=newest)
+    questions, keeper, student = write_questions(job)
     if args.dry_run:
         console.print(f"Read and edit {target / QUESTIONS_FILE}; the same command without --dry_run trains.")
         return 0
     kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
     flags += ["--model_name_or_path", str(newest)]
-    train_and_judge(flags, passages, ([*kept, *questions], keeper), target, state, budget, console)
+    train_and_judge(flags, passages, ([*kept, *questions], keeper), student, target, state, budget, console)
     return 0
 
 

@@ -26,10 +26,10 @@ from .arguments import parse_train
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
 
     from ..bake.keep import Keeper
     from ..bake.questions import Question
-    from ..config import PrivilegedGKDConfig
     from .arguments import DataArguments
 
 EPOCHS = 4.0
@@ -44,12 +44,18 @@ def train_and_judge(
     train_flags: list[str],
     passages: Sequence[Passage],
     written: tuple[Sequence[Question], Keeper],
+    student: PeftModel,
     folder: Path,
     state: dict[str, Any],
     budget: pipeline.Budget,
     console: Any,
 ) -> None:
-    """Rows -> training -> what was taken over, in nats, by passage, and what moved elsewhere."""
+    """Rows -> training -> what was taken over, in nats, by passage, and what moved elsewhere.
+
+    Args:
+        written: the questions, and what has judged them.
+        student: the model that has written them, its adapter as training begins with it.
+    """
     from ..bake import coverage
     from ..evaluation.answers import measure_drift
     from ..view.report import write_report
@@ -62,8 +68,8 @@ def train_and_judge(
     flags = [*train_flags, "--dataset_name", str(folder / BAKE_TRAIN_FILE)]
     flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
-    flags += rate_and_steps(flags, folder, len(train_rows), state, budget, console)
-    data, trainer, held_out_rows = trained(flags, folder, budget, console)
+    flags += rate_and_steps(flags, student, folder, len(train_rows), state, budget, console)
+    data, trainer, held_out_rows = trained(flags, student, folder, budget, console)
     if not trainer.is_world_process_zero():
         return
     drift = measure_drift(trainer.model, trainer.contexts, neutral) if neutral else None
@@ -91,27 +97,32 @@ def train_and_judge(
 
 
 def rate_and_steps(
-    flags: list[str], folder: Path, rows: int, state: dict[str, Any], budget: pipeline.Budget, console: Any
+    flags: list[str],
+    student: PeftModel,
+    folder: Path,
+    rows: int,
+    state: dict[str, Any],
+    budget: pipeline.Budget,
+    console: Any,
 ) -> list[str]:
     """Flags for the learning rate and the number of steps, where they are not given; the steps are kept in `state`."""
     given = {flag[2:].split("=")[0] for flag in flags if flag.startswith("--")}
-    _, model_args, config = parse_train(flags, prog="pgkd bake")
+    _, _, config = parse_train(flags, prog="pgkd bake")
     chosen: list[str] = []
     if "learning_rate" not in given:
-        rate = learning_rate(str(model_args.model_name_or_path), config)
-        chosen += ["--learning_rate", str(rate)]
+        chosen += ["--learning_rate", str(learning_rate(student))]
     if not given & {"max_steps", "num_train_epochs"}:
         if "max_steps" not in state:
             window = config.per_device_train_batch_size * config.gradient_accumulation_steps
             wanted = max(LEAST_STEPS, round(EPOCHS * rows / window))
-            state["max_steps"] = steps_that_fit([*flags, *chosen], folder, wanted, budget, console)
+            state["max_steps"] = steps_that_fit([*flags, *chosen], student, folder, wanted, budget, console)
             write_json(folder / BAKE_FILE, state)
         chosen += ["--max_steps", str(state["max_steps"])]
     return chosen
 
 
 def trained(
-    flags: list[str], folder: Path, budget: pipeline.Budget, console: Any
+    flags: list[str], student: PeftModel, folder: Path, budget: pipeline.Budget, console: Any
 ) -> tuple[DataArguments, Any, Dataset | None]:
     """(arguments, trainer at its end, held-out rows); what an earlier call has trained is not trained again."""
     from ..model.adapters import load_adapter
@@ -121,7 +132,7 @@ def trained(
     if read_json(folder / RUN_FILE).get("finished") and (folder / ADAPTER_FILE).is_file():
         choose_as_before(config, folder)
         train_dataset, held_out = load_datasets(data, config)
-        trainer = make_trainer(data, model_args, config, train_dataset, held_out, [])
+        trainer = make_trainer(data, model_args, config, train_dataset, held_out, [], student)
         load_adapter(trainer.model, folder)
         return data, trainer, held_out
     goes_on = bool(checkpoints(folder)) and not data.overwrite
@@ -129,7 +140,7 @@ def trained(
     if not goes_on and (folder / RUN_FILE).is_file():
         flags += ["--overwrite", "true"]
     data, model_args, config = parse_train(flags, prog="pgkd bake")
-    return data, *run_training(data, model_args, config, [deadline(budget, console)])
+    return data, *run_training(data, model_args, config, [deadline(budget, console)], student)
 
 
 def deadline(budget: pipeline.Budget, console: Any) -> Any:
@@ -145,20 +156,23 @@ def deadline(budget: pipeline.Budget, console: Any) -> Any:
     return Deadline()
 
 
-def learning_rate(name: str, config: PrivilegedGKDConfig) -> float:
+def learning_rate(student: PeftModel) -> float:
     """The rule for a LoRA of this width (:func:`~pgkd_peft.model.rates.lora_learning_rate`), as the peak of a fall."""
     from ..model.rates import lora_learning_rate
-    from ..model.student import text_config_for
+    from ..model.student import hidden_size
 
-    return float(f"{RATE_FACTOR * lora_learning_rate(text_config_for(name, config).hidden_size):.3g}")
+    return float(f"{RATE_FACTOR * lora_learning_rate(hidden_size(student)):.3g}")
 
 
-def steps_that_fit(flags: list[str], folder: Path, wanted: int, budget: pipeline.Budget, console: Any) -> int:
+def steps_that_fit(
+    flags: list[str], student: PeftModel, folder: Path, wanted: int, budget: pipeline.Budget, console: Any
+) -> int:
     """As many steps as are wanted; under ``--minutes`` as many of them as a measured step leaves time for."""
     if budget.seconds is None:
         return wanted
     from transformers import TrainerCallback
 
+    from ..model.load import base_of
     from .train import run_training
 
     probe = folder / ".probe"
@@ -166,15 +180,20 @@ def steps_that_fit(flags: list[str], folder: Path, wanted: int, budget: pipeline
     quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0", "--resume", "false"]
     data, model_args, config = parse_train([*flags, *quick, "--disable_tqdm", "true"], prog="pgkd bake")
     before, ends = budget.spent, []
+    begins_with = {param: param.detach().clone() for param in student.parameters() if param.requires_grad}
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ends.append(budget.spent)
 
     try:
-        run_training(data, model_args, config, [Clock()])
+        run_training(data, model_args, config, [Clock()], student)
     finally:
         shutil.rmtree(probe, ignore_errors=True)
+    for param, value in begins_with.items():
+        param.data.copy_(value)
+        param.grad = None
+    base_of(student).gradient_checkpointing_disable()  # the run decides anew
     step = (ends[-1] - ends[0]) / (len(ends) - 1)  # the first one warms up
     load = ends[0] - before
     left = SHARE_OF_TRAINING * budget.seconds - budget.spent - load

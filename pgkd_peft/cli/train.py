@@ -32,6 +32,7 @@ from .judge import judge
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
 
     from ..evaluation.sft_control import SFTControlTrainer
     from ..trainer import PrivilegedSelfDistillTrainer
@@ -81,11 +82,18 @@ def train(
 
 
 def run_training(
-    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any] | None = None
+    data: DataArguments,
+    model: ModelArguments,
+    config: PrivilegedGKDConfig,
+    callbacks: list[Any] | None = None,
+    student: PeftModel | None = None,
 ) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
     """Load the data, train, save: the run itself, or the control of it that `data` names; and its held-out rows.
 
     Nothing in the run folder changes before data, model and the checkpoint to go on from are accepted.
+
+    Args:
+        student: the model of `model`, where it is loaded already.
 
     Raises:
         PGKDError: a mistake in the arguments or the data, found before the model is loaded.
@@ -98,11 +106,15 @@ def run_training(
 
         control_settings(data.control, config)
     with explain_full_disk(config.output_dir), locked(config.output_dir):
-        return _run(data, model, config, callbacks or [])
+        return _run(data, model, config, callbacks or [], student)
 
 
 def _run(
-    data: DataArguments, model: ModelArguments, config: PrivilegedGKDConfig, callbacks: list[Any]
+    data: DataArguments,
+    model: ModelArguments,
+    config: PrivilegedGKDConfig,
+    callbacks: list[Any],
+    student: PeftModel | None,
 ) -> tuple[PrivilegedSelfDistillTrainer | SFTControlTrainer, Dataset | None]:
     folder = Path(str(config.output_dir))
     resume = config.resume_from_checkpoint or data.resume
@@ -121,7 +133,7 @@ def _run(
         config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
 
     callbacks = [*callbacks, *evaluation_callbacks(data, config, held_out)]
-    trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks)
+    trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks, student)
     trainer.run_info.control, trainer.run_info.held_out = data.control, data.held_out
 
     def begin() -> None:
@@ -189,27 +201,32 @@ def make_trainer(
     train_dataset: Dataset,
     held_out: Dataset | None,
     callbacks: list[Any],
+    student: PeftModel | None = None,
 ) -> PrivilegedSelfDistillTrainer | SFTControlTrainer:
-    """The trainer of the run, or of its control."""
+    """The trainer of the run, or of its control; of the model that is loaded already, where there is a `student`."""
     common: dict[str, Any] = {
         "args": config,
         "train_dataset": train_dataset,
         "eval_dataset": held_out if config.eval_strategy != "no" else None,
         "callbacks": callbacks,
-        "peft_config": lora_config(model),
-        "quantization_config": quantization_config(model, config),
+        "peft_config": lora_config(model) if student is None else None,
+        "quantization_config": quantization_config(model, config) if student is None else None,
     }
     if data.control == "sft":
         from ..evaluation.sft_control import SFTControlTrainer
 
         return SFTControlTrainer(str(model.model_name_or_path), **common)
+    from ..model.student import find_tokenizer
     from ..trainer import PrivilegedSelfDistillTrainer
 
-    return PrivilegedSelfDistillTrainer(
-        model=model.model_name_or_path,
-        teacher_model=config.teacher_model_name_or_path,
-        **common,
-    )
+    name, teacher = model.model_name_or_path, config.teacher_model_name_or_path
+    if student is None:
+        return PrivilegedSelfDistillTrainer(name, teacher, **common)
+    tokenizer = find_tokenizer(name, None, config)
+    init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None  # used already, when it was loaded
+    trainer = PrivilegedSelfDistillTrainer(student, teacher, processing_class=tokenizer, **common)
+    trainer.args.model_init_kwargs = init_kwargs
+    return trainer
 
 
 def evaluation_callbacks(data: DataArguments, config: PrivilegedGKDConfig, held_out: Dataset | None) -> list[Any]:

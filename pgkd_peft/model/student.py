@@ -165,7 +165,7 @@ def build_student(
         check_head_frozen(model)
         guard_cpu_linear4bit(model)
         use_short_backward(base_of(model), args.device)
-        return model, "training the given PeftModel"
+        return model, f"training the given PeftModel, {_lora_in_words(model)}"
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"model is a {type(model).__name__}; pass a path, a Hub id, a Transformers model or a PeftModel"
@@ -176,14 +176,10 @@ def build_student(
         use_short_backward(model, args.device)
     student = attach_lora(model, peft_config)
     check_head_frozen(student)
-    lora = student.peft_config[STUDENT]
-    which = "LoRA" if peft_config is not None else "default LoRA"
-    targets = "all linear layers" if peft_config is None else f"{len(lora.target_modules or ())} target modules"
-    targets += f" but {'; '.join(left_out)}" if left_out else ""
-    return student, (
-        f"{loaded}{which} r={lora.r}, alpha={lora.lora_alpha}, {targets}, dropout {lora.lora_dropout:g}: "
-        f"{student.num_parameters(only_trainable=True):,} trainable parameters{_coverage(student)}"
-    )
+    if peft_config is not None:
+        return student, loaded + _lora_in_words(student)
+    targets = "all linear layers" + (f" but {'; '.join(left_out)}" if left_out else "")
+    return student, f"{loaded}default {_lora_in_words(student, targets)}"
 
 
 def check_before_loading(
@@ -208,11 +204,17 @@ def check_before_loading(
         check_names_of(base, peft_config, trust_remote_code=trust, revision=_revision(base, args))
 
 
-def _coverage(student: PeftModel) -> str:
-    """What share of the base is adapted and quantized, said where that is not what one expects."""
+def _lora_in_words(student: PeftModel, targets: str | None = None) -> str:
+    """The adapter, and what share of the base it adapts; its target modules in words, or their number."""
+    lora = student.peft_config[STUDENT]
+    assert isinstance(lora, LoraConfig)
     adapted, quantized = shares(student)
     experts = sum(param.numel() for param in fused_experts(student))
-    words = f"; LoRA on {adapted:.0%} of the base's weights, {quantized:.0%} quantized"
+    words = (
+        f"LoRA r={lora.r}, alpha={lora.lora_alpha}, {targets or f'{len(lora.target_modules or ())} target modules'}, "
+        f"dropout {lora.lora_dropout:g}: {student.num_parameters(only_trainable=True):,} trainable parameters; "
+        f"LoRA on {adapted:.0%} of the base's weights, {quantized:.0%} quantized"
+    )
     return words + (f"; {experts:,} weights of fused experts stay as they are, in 16 bits" if experts else "")
 
 
