@@ -237,3 +237,55 @@ def test_a_date_whose_format_is_a_variable_is_pinned_too():
     )
     text = pinned.render_student(pinned.build(row("u:Q")))
     assert text.startswith("\n2024-02 100%% yes9 Feb, 5%<|im_start|>")
+
+
+# Templates of the same shape as public ones: what opens and closes thoughts, what the generation prompt has of it, the
+# answer behind it without and with thoughts.
+TURN = "<|im_start|>assistant\n"
+
+
+def thinker(before: str, prompt: str) -> str:
+    """A template whose answers begin with `before` and whose generation prompt ends with `prompt`."""
+    turn = "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}" + before + "{% endif %}{{ m.content }}"
+    return (
+        "{% for m in messages %}" + turn + "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}" + prompt + "{% endif %}"
+    )
+
+
+CHANNEL = "{% if m.reasoning_content %}<|channel>thought\n{{ m.reasoning_content }}\n<channel|>{% endif %}"
+EFFORT = "<effort>low</effort>"
+THOUGHT = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+PREFIX = "{% if m.reasoning_content %}<|inner_prefix|>{{ m.reasoning_content }}<|inner_suffix|>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "plain", "thinking"),
+    [
+        # thoughts are switched off by an empty channel (Gemma 4), which the row's thoughts are not put behind
+        (thinker(CHANNEL, "{{ '<|channel>thought\n<channel|>' }}"), "A.", "A."),
+        (thinker(CHANNEL, ""), "A.", "<|channel>thought\nHm.\n<channel|>A."),
+        (thinker(CHANNEL, "{{ '<|channel>thought\n' }}"), "\n<channel|>\n\nA.", "Hm.\n<channel|>A."),
+        (thinker(PREFIX, "<|inner_prefix|>"), "\n<|inner_suffix|>\n\nA.", "Hm.<|inner_suffix|>A."),
+        # no thoughts: the closing tag alone, in prompts and in past answers (DeepSeek V3.1)
+        (thinker("</think>", "</think>"), "A.", "A."),
+        # a pair of tags in the header is not the answer's
+        (thinker(EFFORT + THOUGHT, EFFORT), "A.", "<think>Hm.</think>A."),
+    ],
+)
+def test_thoughts_in_tags_of_other_shapes(template, plain, thinking):
+    made = DataCollatorForPrivilegedGKD(byte_tokenizer(template), max_length=None)
+    assert made.tokenizer.decode(made.encode(row("u:Q", "a:A."))["completion_ids"]) == plain + "<|im_end|>"
+    given = row("u:Q", "a:A.")
+    given["messages"][-1]["reasoning_content"] = "Hm."
+    encoded = made.encode(given)
+    assert made.tokenizer.decode(encoded["completion_ids"]) == thinking + "<|im_end|>"
+    assert encoded["lost_thoughts"] == ([] if "Hm." in thinking else [1])
+
+
+@pytest.mark.parametrize("written", ["<think>\nHm.\n</think>\n\nA.", "<reasoning>Hm.</reasoning>\n\nA."])
+def test_thoughts_in_other_tags_than_the_template_s_stand_in_one_block(written):
+    strips = thinker("", "{{ '<thought>\n' }}").replace("m.content", "m.content.split('</thought>')[-1]")
+    made = DataCollatorForPrivilegedGKD(byte_tokenizer(strips), max_length=None)
+    completion = made.tokenizer.decode(made.encode(row("u:Q", "a:" + written))["completion_ids"])
+    assert completion == "Hm.\n</thought>\n\nA.<|im_end|>"

@@ -13,7 +13,7 @@ from ..errors import DataError
 from .contexts import ContextBuilder, Contexts
 from .shown import THINKING, closer, holds, split_thoughts
 
-# `<x>` `</x>`, `<|x|>` `<|/x|>`, `[X]` `[/X]`, `<|START_X|>` `<|END_X|>`
+# `<x>` `</x>`, `<|x|>` `<|/x|>`, `<|x>` `<x|>`, `[X]` `[/X]`, `<|START_X|>` `<|END_X|>`
 _TAG = re.compile(r"<\|?/?[A-Za-z][\w:.-]*\|?>|<\|/[\w:.-]+\|>|\[/?[A-Z_]+\]")
 _NO_THOUGHTS = "\n{}\n\n"  # ends a thinking block that the generation prompt opened and the answer does not fill
 
@@ -73,7 +73,8 @@ def _go_on(opening: str, answer: str) -> str | None:
         common = tag_start  # do not part in the middle of a tag
     left, rest = opening[common:].strip(), answer[common:]
     tags = _TAG.findall(left)
-    if _TAG.sub("", left).strip():
+    named = next((tag for tag in THINKING if left.endswith(tag)), "")
+    if _TAG.sub("", _thoughtless(left).removesuffix(named)).strip():
         raise _differ(left, rest[:40])
     opened: list[str] = []
     for tag in tags:
@@ -97,10 +98,11 @@ def thinking_fault(opening: str, text: str, thoughts: str, words: str) -> str:
     """What is wrong with the thinking blocks of an answer `text` behind a prompt that ends with `opening`; "" if
     nothing is."""
     whole = opening + text
-    for tag in {*THINKING, *(tag for tag in _TAG.findall(opening) if closer(tag) in whole)}:
+    left_open = (tag for tag in _TAG.findall(opening) if closer(tag) in text and closer(tag) not in opening)
+    for tag in {*THINKING, *left_open}:
         end = closer(tag)
         events = re.findall(f"{re.escape(tag)}|{re.escape(end)}", whole)
-        if not events:
+        if not events or (events == [end] and end in opening):  # DeepSeek's mark of an answer without thoughts
             continue
         if events != [tag, end]:
             off = " (the generation prompt closes an empty one: thinking is switched off)" if end in opening else ""
@@ -127,8 +129,8 @@ def continue_opening(opening: str, answer: dict[str, Any]) -> str:
         return content
     end = closer(tag)
     if end not in content:
-        thoughts = split_thoughts(answer)[0].strip("\n")
-        return thoughts + _NO_THOUGHTS.format(end) + content
+        thoughts, words = split_thoughts(answer)
+        return thoughts.strip("\n") + _NO_THOUGHTS.format(end) + (words if words == content else words.lstrip("\n"))
     return content.lstrip().removeprefix(tag).removeprefix(opening[len(opened) :])
 
 

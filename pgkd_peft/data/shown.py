@@ -23,6 +23,8 @@ THINKING = (
     "<|thinking|>",
     "<|begin_of_thought|>",
     "<|thought|>",
+    "<|inner_prefix|>",
+    "<|channel>thought",
 )
 _THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _SWITCHES = re.compile(r"/(no_)?think\b")  # templates take these commands out of the text
@@ -43,6 +45,10 @@ def holds(text: str, part: str) -> bool:
 
 def closer(tag: str) -> str:
     """The tag that closes `tag`."""
+    if named := re.fullmatch(r"<\|(\w+)>\w*", tag):
+        return f"<{named[1]}|>"
+    if tag.endswith("_prefix|>"):
+        return tag.replace("_prefix|>", "_suffix|>")
     for opened, closed in (("<|START_", "<|END_"), ("<|begin_", "<|end_"), ("<|", "<|/"), ("<", "</"), ("[", "[/")):
         if tag.startswith(opened):
             return closed + tag[len(opened) :]
