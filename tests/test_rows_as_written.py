@@ -9,11 +9,12 @@ import json
 import pytest
 from datasets import Dataset
 from test_context import TOOL_ROW, TOOLS, builder, row
-from tiny import ROWS, byte_tokenizer
+from tiny import CHATML, ROWS, byte_tokenizer
 
 from pgkd_peft.data.check import validate_rows
 from pgkd_peft.data.collator import DataCollatorForPrivilegedGKD
 from pgkd_peft.data.files import to_dataset
+from pgkd_peft.data.formats import messages_of
 from pgkd_peft.data.load import load_rows
 from pgkd_peft.data.row import parse_row
 from pgkd_peft.errors import DataError, ModelError, read_text, wide_encoding
@@ -238,3 +239,177 @@ def test_pi_that_only_looks_like_json_stays_text(pi):
 
 def test_an_empty_list_as_text_is_no_pi():
     assert parse_row({**row("u:Q"), KEY: "[]"}, KEY).privileged == []
+
+
+# ---- what a row holds under other names ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": "f", "input": {"x": 1}},
+        {"name": "f", "parameters": {"x": 1}},
+        {"type": "function", "function": {"name": "f", "args": {"x": 1}}},
+        {"function": {"name": "f"}, "arguments": {"x": 1}},
+        {"function": {"name": "f", "arguments": {}}, "result": "12"},
+    ],
+)
+def test_a_call_with_its_arguments_elsewhere_is_refused(given):
+    turns = [*row("u:Q")["messages"], {"role": "assistant", "content": "", "tool_calls": [given]}]
+    with pytest.raises(DataError, match=r"tool_calls\[0\] has `\w+`, which is not read; a call has `name` and"):
+        parse_row({"messages": turns}, KEY)
+
+
+@pytest.mark.parametrize("name", ["tool_call", "toolCalls", "function_calls", "images", "video"])
+def test_turns_that_hold_calls_or_images_under_other_names_are_refused(name):
+    with pytest.raises(DataError, match=rf"has `{name}`, which is not read"):
+        parse_row(answer(content="A", **{name: [{"name": "f"}]}), KEY)
+
+
+def test_other_fields_of_turns_that_the_template_never_shows_are_counted():
+    given = answer(content="A", thought="Because it is so.", stop=True)
+    given["messages"][0]["name"] = "alice"
+    report = validate_rows([given, answer(content="A")], DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    told = [warning for warning in report.warnings if "never shows" in warning]
+    assert [warning.split("`")[1] for warning in told] == ["name", "thought"]
+    assert all(warning.endswith("1 rows (0)") for warning in told)
+    shows = byte_tokenizer(CHATML.replace("m['content']", "m['content'] + (m.thought or '') + (m.name or '')"))
+    assert not any("never" in w for w in validate_rows([given], DataCollatorForPrivilegedGKD(shows)).warnings)
+
+
+def test_thoughts_are_text_and_stand_once():
+    parts = [{"type": "text", "text": "Hm."}]
+    assert parse_row(answer(content="A", reasoning_content=parts), KEY).answer["reasoning_content"] == "Hm."
+    assert parse_row(answer(content="A", reasoning="Hm.", thinking=" Hm. "), KEY).answer["thinking"] == " Hm. "
+    with pytest.raises(DataError, match=r"messages\[1\].reasoning_content is dict"):
+        parse_row(answer(content="A", reasoning_content={"a": 1}), KEY)
+    with pytest.raises(DataError, match="other thoughts in `reasoning` than in `thinking`; keep one"):
+        parse_row(answer(content="A", reasoning="Hm.", thinking="Oh."), KEY)
+    both = answer(content="<think>Oh.</think>A", reasoning_content="Hm.")
+    report = validate_rows([both], DataCollatorForPrivilegedGKD(byte_tokenizer()))
+    assert any("leaves out the answer's thoughts" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("flag", ["false", "True"])
+def test_a_truth_value_as_text_is_refused(flag):
+    with pytest.raises(DataError, match=f"enable_thinking '{flag}', a text, which is true whatever it says"):
+        parse_row({**row("u:Q"), "chat_template_kwargs": {"enable_thinking": flag}}, KEY)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_nulls_that_were_written_are_kept_in_arguments_and_tools(tmp_path, name):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"unit": {"default": None}}}}
+    given = {**call({"unit": None, "deep": [{"x": None}]}), "tools": [tool]}
+    given["messages"][0]["name"] = None  # an empty field of a turn is none
+    (tmp_path / name).write_text(json.dumps([given] if name == "a.json" else given))
+    parsed = parse_row(load_rows(tmp_path / name)[0], KEY)
+    assert parsed.answer["tool_calls"][0]["function"]["arguments"] == {"unit": None, "deep": [{"x": None}]}
+    assert parsed.tools == [tool]
+    assert "name" not in parsed.messages[0]
+    assert parse_row({**given, "tools": json.dumps([tool])}, KEY).tools == [tool]
+    filled = Dataset.from_list([call({"a": 1}), call({"b": 2})])  # Arrow gives both rows both keys
+    assert [parse_row(each, KEY).answer["tool_calls"][0]["function"]["arguments"] for each in filled] == [
+        {"a": 1},
+        {"b": 2},
+    ]
+
+
+@pytest.mark.parametrize("number", [0.1 + 0.2, 1.2345678901234568e29, 5e-324, 52.520006599999996, 1e22, -0.5])
+def test_numbers_keep_all_their_digits(tmp_path, number):
+    rows = [*[answer(content="A")] * 7, call({"x": [number]})]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    parsed = parse_row(load_rows(tmp_path / "a.jsonl")[7], KEY)
+    assert parsed.answer["tool_calls"][0]["function"]["arguments"] == {"x": [number]}
+    with pytest.raises(DataError, match="cannot be written as JSON"):
+        parse_row(call('{"x": 1e400}'), KEY)
+
+
+# ---- columns and files ---------------------------------------------------------------------------------------------
+
+
+def write(tmp_path, *rows):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return tmp_path / "a.jsonl"
+
+
+@pytest.mark.parametrize("system", ["Be brief.", [{"type": "text", "text": "Be brief."}]])
+def test_a_system_column_beside_messages_is_their_first_turn(tmp_path, caplog, system):
+    rows = [{**answer(content="A"), "system": system}, {**answer(content="A"), "system": None}]
+    dataset = load_rows(write(tmp_path, *rows))
+    first, second = (parse_row(each, KEY).messages for each in dataset)
+    assert first[0] == {"role": "system", "content": "Be brief."}
+    assert [turn["role"] for turn in second] == ["user"]
+    assert "`system` is a system turn before them" in caplog.text
+    again = messages_of(dataset, "train_dataset", KEY)  # the trainer looks once more
+    assert parse_row(again[0], KEY).messages == first
+    assert parse_row(messages_of(rows, "train_dataset", KEY)[0], KEY).messages == first
+    rows[0]["messages"] = [{"role": "system", "content": system}, *rows[0]["messages"]]
+    assert parse_row(load_rows(write(tmp_path, *rows))[0], KEY).messages == first
+    mapped = load_rows(write(tmp_path, {**rows[1], "system": "Not this."}), columns={"messages": "{{ messages }}"})
+    assert [turn["role"] for turn in parse_row(messages_of(mapped, "t", KEY)[0], KEY).messages] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "fix"),
+    [
+        ("images", ["a.png"], "only text is supported"),
+        ("documents", [{"text": "D"}], "put it into `chat_template_kwargs`"),
+        ("enable_thinking", False, "put it into `chat_template_kwargs`"),
+        ("weight", 0, "every row counts the same"),
+        ("privileged_context", "Other.", "the PI is in `privileged_messages`; keep one"),
+    ],
+)
+def test_columns_beside_messages_that_would_not_be_read_are_refused(tmp_path, column, value, fix):
+    rows = [{**row("u:Q", "a:A", pi="P"), column: None}, {**row("u:Q", "a:A", pi="P"), column: value}]
+    with pytest.raises(DataError, match=f"a.jsonl, row 1: the column `{column}` .* is not read; {fix}") as error:
+        load_rows(write(tmp_path, *rows))
+    assert error.value.rows == (1,)
+    with pytest.raises(DataError, match="is not read"):
+        messages_of(Dataset.from_list(rows), "train_dataset", KEY)
+    mapped = load_rows(write(tmp_path, *rows), columns={"messages": "{{ messages }}", KEY: "P"})
+    assert len(messages_of(mapped, "train_dataset", KEY)) == 2
+
+
+def test_prompts_and_completions_that_are_json_text_are_turns(tmp_path):
+    given = {"prompt": json.dumps(row("u:Q")["messages"]), "completion": json.dumps(row("a:A")["messages"])}
+    assert load_rows(write(tmp_path, given))[0]["messages"] == row("u:Q", "a:A")["messages"]
+    assert load_rows(write(tmp_path, {"prompt": "[1] says?"}))[0]["messages"][0]["content"] == "[1] says?"
+
+
+def test_keys_that_arrow_fills_do_not_replace_what_a_turn_says(tmp_path):
+    turns = [{"from": "human", "value": "Q", "content": None}, {"from": "gpt", "value": "A", "content": None}]
+    assert load_rows(write(tmp_path, {"conversations": turns}))[0]["messages"] == row("u:Q", "a:A")["messages"]
+    turns[1]["content"] = "B"
+    with pytest.raises(DataError, match=r"conversations\[1\] has both `value` and `content`"):
+        load_rows(write(tmp_path, {"conversations": turns}))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.parquet"])
+def test_pointers_and_packed_files_are_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n")
+    with pytest.raises(ModelError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        load_rows(tmp_path / name)
+    if name != "a.parquet":
+        (tmp_path / name).write_bytes(gzip.compress(b"{}"))
+        with pytest.raises(DataError, match=f"{name} is gzip data under another name"):
+            load_rows(tmp_path / name)
+
+
+def test_one_list_under_the_name_of_lines_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps([row("u:Q")], indent=1))
+    with pytest.raises(DataError, match=r"holds one JSON list, not an object a line; call it \.json"):
+        load_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("prompt, completion\nQ,A\n")
+    assert load_rows(tmp_path / "a.csv")[0]["messages"] == row("u:Q", "a:A")["messages"]
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.lz4", "b.jsonl.bak", "b.pkl", "b.msgpack", "b.sqlite"])
+def test_other_files_of_a_folder_are_named(tmp_path, caplog, name):
+    write(tmp_path, ROWS[0])
+    for quiet in ("README.md", "LICENSE", "plot.png", "recipe.yaml"):
+        (tmp_path / quiet).write_text("x")
+    assert len(load_rows(tmp_path)) == 1
+    assert "left out, as their kinds hold no rows in a folder: recipe.yaml." in caplog.text
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=f"would be left out: {name}"):
+        load_rows(tmp_path)

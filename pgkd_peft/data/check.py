@@ -197,6 +197,7 @@ def _told(collator: DataCollatorForPrivilegedGKD, encoded: dict[str, Any]) -> li
         told.append("the chat template leaves out the answer's thoughts (reasoning_content), which are not learnt")
     if any(i < len(contexts.student) for i in lost):
         told.append("the chat template leaves out the thoughts of earlier turns")
+    told += [f"the chat template never shows the field `{name}` of turns" for name in encoded["unshown_fields"]]
     if contexts.moved:
         told.append(
             f"the PI stands in the last user turn, as with placement {builder.placement!r} the chat template would "

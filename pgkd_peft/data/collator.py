@@ -13,7 +13,7 @@ import torch
 from ..errors import ConfigError, DataError, ModelError
 from .answer import answer_text, closes_tag, continue_opening, thinking_fault
 from .contexts import ContextBuilder, Contexts
-from .shown import check_shown, holds, lost_thoughts, split_thoughts
+from .shown import check_shown, holds, lost_thoughts, split_thoughts, unshown_fields
 
 if TYPE_CHECKING:
     from ..config import PrivilegedGKDConfig
@@ -158,8 +158,8 @@ class DataCollatorForPrivilegedGKD:
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One row as lists of ids, of any length: ``student_ids``, ``teacher_ids``, ``completion_ids`` ([] for a
         prompt-only row), the prompts as ``student_text`` and ``teacher_text``, the
-        :class:`~pgkd_peft.data.contexts.Contexts` they come from, and the index of each turn whose thoughts the
-        template leaves out as ``lost_thoughts``.
+        :class:`~pgkd_peft.data.contexts.Contexts` they come from, the index of each turn whose thoughts the template
+        leaves out as ``lost_thoughts``, and names of turns' other fields that it leaves out as ``unshown_fields``.
 
         Raises:
             DataError: the row cannot be used.
@@ -179,6 +179,7 @@ class DataCollatorForPrivilegedGKD:
             "teacher_text": teacher_text,
             "contexts": contexts,
             "lost_thoughts": lost_thoughts(turns, shown),
+            "unshown_fields": unshown_fields([*turns, *contexts.privileged], shown + teacher_text),
         }
 
     def check_length(self, encoded: dict[str, Any]) -> dict[str, Any]:

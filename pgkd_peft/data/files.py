@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +17,27 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
-from ..errors import DataError, reason, wide_encoding
+from ..errors import DataError, reason, refuse_pointer, wide_encoding
 from .row import load_json
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 PROMPT_SUFFIXES = (".txt", ".md")  # a list of prompts, where one such file is named; in a folder they are its README
-# Data that is not read; in a folder it is not left out without a word.
-_UNREAD_SUFFIXES = {".gz", ".zst", ".bz2", ".xz", ".zip", ".ndjson", ".jsonlines", ".arrow", ".feather"}
-_UNREAD_SUFFIXES |= {".xlsx", ".tar", ".tgz", ".avro", ".orc", ".parq", ".pq"}
+# What may lie beside data in a folder and is none; any other file there is not left out without a word.
+_NAMED = {".txt", ".yaml", ".yml"}  # may be either; it is said that they are left out
+_NO_DATA = {"", ".md", ".rst", ".py", ".ipynb", ".sh", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg"}
+_NO_DATA |= {".toml", ".cfg", ".ini", ".lock", ".log", ".bib", ".cff", ".jinja", ".j2", *_NAMED}
+# How files begin that are no text, and what they are.
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip (or Excel)",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+}
 _BOM = b"\xef\xbb\xbf"
 _SPLIT_NAMES = {
     "train": {"train", "training"},
@@ -48,7 +62,23 @@ def encode_column(values: list[Any]) -> tuple[list[Any], Value | Json]:
             if plain is int and any(value is not None and abs(value) >= 2**63 for value in values):
                 break
             return values, Value(dtype)
-    return [None if value is None else json.dumps(value, default=str) for value in values], Json()
+    return [None if value is None else _json_text(value) for value in values], Json()
+
+
+_MANY_DIGITS = re.compile(r"[\d.]{16}|\d[eE]")
+
+
+def _json_text(value: Any) -> str:
+    """JSON that :class:`datasets.Json` gives back as `value`; where it has numbers of more digits than that keeps, the
+    JSON of its text, which whoever reads the row reads once more."""
+    text = json.dumps(value, default=str)
+    if _MANY_DIGITS.search(text):
+        try:
+            kept = Json().decode_example(text) == json.loads(text)
+        except ValueError:  # an integer of more than 64 bits
+            kept = False
+        return text if kept or not isinstance(value, (dict, list)) else json.dumps(text)
+    return text
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
@@ -61,7 +91,7 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     found = [path for path in shown if path.suffix.lower() in SUFFIXES]
-    unread = [path for path in shown if path not in found and path.suffix.lower() in _UNREAD_SUFFIXES]
+    unread = [path for path in shown if path not in found and _may_be_data(path)]
     if not found:
         there = f" (it has {_names(unread, folder)})" if unread else ""
         raise DataError(f"{folder} has no data files{there}; accepted are {', '.join(SUFFIXES)}")
@@ -70,6 +100,8 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
             f"{folder} holds data that would be left out: {_names(unread, folder)}; unpack or convert them to "
             f"{', '.join(SUFFIXES)}, move them away, or name one file"
         )
+    if passed := [path for path in shown if path.suffix.lower() in _NAMED]:
+        logger.warning("%s: left out, as their kinds hold no rows in a folder: %s.", folder, _names(passed, folder))
     words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in found}
     wanted = _SPLIT_NAMES.get(split, {split.lower()})
     files = [path for path in found if words[path] & wanted]
@@ -95,6 +127,12 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def _may_be_data(path: Path) -> bool:
+    """Whether a file that is not read may hold rows: by its suffix, or one before it (part-2.jsonl.bak)."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return any(suffix in SUFFIXES for suffix in suffixes) or "".join(suffixes[-1:]) not in _NO_DATA
+
+
 def _names(files: Sequence[Path], folder: Path) -> str:
     return ", ".join(str(path.relative_to(folder)) for path in files)
 
@@ -117,9 +155,14 @@ def read_rows(path: Path) -> list[Any]:
 
 
 def _check_encoding(path: Path) -> None:
-    """Refuse text that is not UTF-8 before each of its lines is called broken."""
+    """Refuse what is no UTF-8 text before each of its lines is called broken."""
+    refuse_pointer(path)
     with path.open("rb") as file:
-        kind = wide_encoding(file.read(4096))
+        start = file.read(4096)
+    packed = next((kind for mark, kind in _PACKED.items() if start.startswith(mark)), None)
+    if packed is not None:
+        raise DataError(f"{path} is {packed} data under another name, no text; unpack it, or give it its own suffix")
+    kind = wide_encoding(start)
     if kind is not None:
         raise DataError(
             f"{path} is {kind} text (PowerShell's `>` writes UTF-16); write it as UTF-8, e.g. with "
@@ -133,6 +176,7 @@ def read_parquet(files: list[Path]) -> Dataset:
 
     tables = []
     for path in files:
+        refuse_pointer(path)
         try:
             tables.append(parquet.read_table(path))
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -147,6 +191,9 @@ def read_parquet(files: list[Path]) -> Dataset:
 def _read_jsonl(path: Path) -> list[Any]:
     rows: list[Any] = []
     with path.open("rb") as file:
+        if file.read(3).removeprefix(_BOM)[:1] == b"[" and isinstance(_whole(path), list):
+            raise DataError(f"{path} holds one JSON list, not an object a line; call it .json")
+        file.seek(0)
         for number, line in enumerate(file, 1):
             line = line.removeprefix(_BOM).strip()
             if not line:
@@ -159,6 +206,13 @@ def _read_jsonl(path: Path) -> list[Any]:
                 row = BrokenRow(reason(error) + utf8)
             rows.append(BrokenRow(f"{path.name} line {number}: {row}") if isinstance(row, BrokenRow) else row)
     return rows
+
+
+def _whole(path: Path) -> Any:
+    try:
+        return load_json(path.read_bytes().removeprefix(_BOM))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_json(path: Path) -> list[Any]:
@@ -189,7 +243,25 @@ def _object(row: Any, check_unicode: bool = True, check_numbers: bool = True) ->
         return BrokenRow(f"`{name}` holds NaN or Infinity, which JSON has not; write null, or a text")
     if check_unicode and not _encodable(row):
         return BrokenRow("has a lone surrogate, which is not valid Unicode")
-    return row
+    return _keep_nulls(row)
+
+
+def _keep_nulls(value: Any, key: str = "") -> Any:
+    """The row with a call's arguments, and a tool, as JSON text where they have nulls: these were written, while other
+    nulls may be keys that Arrow fills in, and are dropped."""
+    if isinstance(value, dict):
+        if key in ("arguments", "tools") and _has_null(value):
+            return json.dumps(value)
+        return {name: _keep_nulls(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_keep_nulls(item, "tools" if key == "tools" else "") for item in value]
+    return value
+
+
+def _has_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(item is None or _has_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(_has_null, value))
 
 
 def _holds_odd_number(value: Any, nested: bool = False) -> bool:
@@ -219,7 +291,7 @@ def _read_csv(path: Path) -> list[Any]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             lines = (cells for cells in reader if len(cells) > 1 or any(cell.strip() for cell in cells))
-            header = next(lines, [])
+            header = [name.strip() for name in next(lines, [])]
             other = next((mark for mark in ",;\t|" if mark != delimiter and mark in "".join(header[:1])), None)
             if len(header) == 1 and other is not None:
                 raise DataError(

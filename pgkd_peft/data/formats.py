@@ -8,6 +8,7 @@ that cannot be read is refused by its number.
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,23 @@ from datasets import Dataset, concatenate_datasets
 
 from ..errors import DataError
 from .files import bad_rows_error, to_dataset
-from .row import kind_of, listed, lists_by_key, load_json
+from .row import kind_of, listed, listed_messages, lists_by_key, load_json
 
 logger = logging.getLogger(__name__)
 
 SDFT_COLUMN = "privileged_context"
 _CONVERSATIONS = ("conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _SYSTEMS = ("system", "system_prompt")
+# Columns beside `messages` that say more than is read, and what to do with them.
+_TEXT_ONLY = "only text is supported, so the model would not see them"
+_VARIABLE = "put it into `chat_template_kwargs`"
+_UNREAD = {
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _TEXT_ONLY),
+    **dict.fromkeys(("documents", "enable_thinking", "reasoning_effort"), _VARIABLE),
+    **dict.fromkeys(
+        ("weight", "loss_weight", "loss_mask"), "every row counts the same: leave out those that should not"
+    ),
+}
 _SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "claude", "model", "bot"), "assistant"),
@@ -62,6 +73,7 @@ def as_messages(dataset: Dataset, where: str, privileged_key: str = "privileged_
     if SDFT_COLUMN in dataset.column_names and privileged_key not in dataset.column_names:
         logger.warning("%s: the column %s (TRL's SDFT) is read as the PI (%s).", where, SDFT_COLUMN, privileged_key)
         dataset = dataset.rename_column(SDFT_COLUMN, privileged_key)
+    _refuse_unread(dataset, where, privileged_key)
     found = recognised(dataset)
     if found is None:
         return dataset
@@ -82,8 +94,31 @@ def as_messages(dataset: Dataset, where: str, privileged_key: str = "privileged_
         found.becomes,
         f" Not read: {', '.join(unread)}." if unread else "",
     )
-    kept = [name for name in dataset.column_names if name != "messages"]
-    return concatenate_datasets([dataset.select_columns(kept), to_dataset(made)], axis=1)
+    kept = [name for name in dataset.column_names if name not in ("messages", *_SYSTEMS)]
+    return concatenate_datasets([dataset.select_columns(kept), to_dataset(made)], axis=1) if kept else to_dataset(made)
+
+
+def _refuse_unread(dataset: Dataset, where: str, privileged_key: str) -> None:
+    """Refuse rows that hold more, under a well-known name, than would be read of them.
+
+    Raises:
+        DataError: names the first such row, the column and the fix.
+    """
+    fixes = {**_UNREAD, SDFT_COLUMN: f"the PI is in `{privileged_key}`; keep one of the two"}
+    for name in [name for name in fixes if name in dataset.column_names and name != privileged_key]:
+        for i, row in enumerate(dataset.select_columns([name])):
+            if row[name] not in (None, "", [], {}, 1, "1", "1.0", "true"):
+                raise DataError(
+                    f"{where}, row {i}: the column `{name}` ({reprlib.repr(row[name])}) is not read; {fixes[name]}. "
+                    "Take the column out, or say with `columns:` what counts",
+                    rows=(i,),
+                )
+
+
+def without_beside(dataset: Dataset, targets: Iterable[str]) -> list[str]:
+    """The columns of a mapped data set that are kept: not those which say what the mapping has said."""
+    dropped = {*targets, *_SYSTEMS, *_UNREAD, SDFT_COLUMN}
+    return [name for name in dataset.column_names if name not in dropped]
 
 
 def messages_of(rows: Any, where: str, privileged_key: str) -> Any:
@@ -93,8 +128,10 @@ def messages_of(rows: Any, where: str, privileged_key: str) -> Any:
         return as_messages(rows, where, privileged_key)
     if isinstance(rows, dict):  # also a DatasetDict
         return {name: messages_of(each, f"{where}[{name!r}]", privileged_key) for name, each in rows.items()}
-    if isinstance(rows, list) and rows and all(isinstance(row, Mapping) and "messages" not in row for row in rows):
-        return as_messages(to_dataset(rows), where, privileged_key)
+    if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
+        names = {name for row in rows for name in row}
+        if all("messages" not in row for row in rows) or names & {*_SYSTEMS, *_UNREAD}:
+            return as_messages(to_dataset(rows), where, privileged_key)
     return rows
 
 
@@ -106,7 +143,13 @@ def recognised(dataset: Dataset) -> Format | None:
     names = dataset.column_names
     systems = tuple(name for name in _SYSTEMS if name in names)[:1]
     if "messages" in names:
-        return _share_gpt("messages", systems) if _is_share_gpt(_first(dataset, "messages")) else None
+        if _is_share_gpt(_first(dataset, "messages")):
+            return _share_gpt("messages", systems)
+        if not systems or not isinstance(_first(dataset, systems[0]), (str, list)):
+            return None
+        becomes = f"`{systems[0]}` is a system turn before them"
+        turns = _with_system(systems, _turns_of("messages"))
+        return Format("conversation", ("messages", *systems), becomes, turns)
     for name in _CONVERSATIONS:
         value = _first(dataset, name) if name in names else None
         if _is_share_gpt(value):
@@ -165,10 +208,13 @@ def _with_system(
         return convert
 
     def converted(row: Mapping[str, Any]) -> list[Any]:
-        turns, text = convert(row), _text(row, systems[0])
-        if not text.strip():
+        turns, text = convert(row), row.get(systems[0])
+        text = text if isinstance(text, list) else _text(row, systems[0])  # a list of parts, as Anthropic's
+        if not text or (isinstance(text, str) and not text.strip()):
             return turns
         if turns and isinstance(turns[0], Mapping) and turns[0].get("role") == "system":
+            if turns[0].get("content") == text:
+                return turns
             raise DataError(f"`{systems[0]}` and the conversation both have a system turn; keep one")
         return [{"role": "system", "content": text}, *turns]
 
@@ -188,7 +234,9 @@ def _speech(turn: Any, where: str) -> Any:
     """A turn of `from` and `value` as one of `role` and `content`, its other keys kept."""
     if not isinstance(turn, Mapping) or "role" in turn or turn.get("from") is None:
         return turn  # as it should be, or for the parser to refuse
-    rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value") and item is not None}
+    if rest.get("content"):
+        raise DataError(f"{where} has both `value` and `content`; keep one")
     speaker, value = turn["from"], turn.get("value")
     known = str(speaker).strip().lower()
     if known in _CALLS:
@@ -239,7 +287,7 @@ def _said(row: Mapping[str, Any], name: str, role: str) -> list[Any]:
     value = row.get(name)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return []
-    as_turns = lists_by_key(value, name)
+    as_turns = lists_by_key(listed_messages(value), name)
     if isinstance(as_turns, (list, tuple)):
         return list(as_turns)
     if isinstance(value, Mapping):

@@ -25,7 +25,7 @@ from .files import (
     read_rows,
     to_dataset,
 )
-from .formats import as_messages, mapping_for
+from .formats import as_messages, mapping_for, without_beside
 from .row import parse_row
 
 
@@ -134,7 +134,7 @@ def map_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
     if faults:
         raise bad_rows_error(faults, len(dataset))
     mapped = to_dataset(made)
-    kept = [name for name in dataset.column_names if name not in columns]
+    kept = without_beside(dataset, columns)
     return concatenate_datasets([dataset.select_columns(kept), mapped], axis=1) if kept else mapped
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,17 @@ from ..errors import DataError
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 # What other formats put beside (or instead of) an answer's text; none of it would be read.
+_CALLS_FIX = "write it as `tool_calls`: [{'function': {'name': ..., 'arguments': {...}}}]"
 _LEGACY_FIELDS = {
-    "function_call": "write it as `tool_calls`: [{'function': {'name': ..., 'arguments': {...}}}]",
+    **dict.fromkeys(("functioncall", "functioncalls", "toolcall", "toolcalls"), _CALLS_FIX),
     "refusal": "write its text into `content`",
-    "audio": "only text is supported, write it into `content`",
+    **dict.fromkeys(("audio", "image", "images", "video", "videos"), "only text is supported, write it into `content`"),
 }
+_CALL_FIELDS = {"id", "type", "index", "name", "arguments"}
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _WEIGHT_FIELDS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+# Fields of a message that no template has to show.
+LABELS = {"role", "content", "tool_calls", "tool_call_id", "id", *THOUGHT_FIELDS, *_WEIGHT_FIELDS}
 # Fields that a message without text may have and still be empty.
 _BLANK_FIELDS = {"role", "content", "name", "id", *_WEIGHT_FIELDS}
 
@@ -118,7 +124,7 @@ def parse_privileged(value: Any, field: str) -> list[dict[str, Any]]:
     """
     if value is None:
         return []
-    value = lists_by_key(_listed_messages(value), field)
+    value = lists_by_key(listed_messages(value), field)
     if isinstance(value, str):
         check_unicode(value, f"`{field}`")
         return [{"role": "user", "content": value}] if value.strip() else []
@@ -149,17 +155,24 @@ def parse_template_kwargs(row: Mapping[str, Any], field: str) -> dict[str, Any]:
     reserved = sorted(_RESERVED_KWARGS & set(value))
     if reserved:
         raise DataError(f"`{field}` sets {reserved[0]!r}, which is not the row's to set; take it out")
+    for name, flag in value.items():
+        if isinstance(flag, str) and flag.strip().lower() in ("true", "false"):
+            raise DataError(f"`{field}` has {name} {flag!r}, a text, which is true whatever it says; drop the quotes")
     return _json_like(value, field)
 
 
 def parse_tools(value: Any) -> list[Any] | None:
     """A row's tool schemas (a list of dicts, or the JSON text of the list or of each), None when there are none."""
+    written = isinstance(value, str)
     value = lists_by_key(_from_json(value, "tools"), "tools")
     if value is None or value == []:
         return None
     if not isinstance(value, (list, tuple)):
         raise DataError(f"`tools` is {kind_of(value)}; give a list of tool schemas (dicts)")
-    tools = [_json_like(_from_json(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(value)]
+    tools = [
+        _json_like(_from_json(tool, f"tools[{i}]"), f"tools[{i}]", written=written or isinstance(tool, str))
+        for i, tool in enumerate(value)
+    ]
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -184,8 +197,9 @@ def _parse_message(message: Any, where: str, blank_allowed: bool = False) -> dic
         nearest = f" (did you mean {near[0]!r}?)" if near else ""
         raise DataError(f"{where} has role {reprlib.repr(role)}{nearest}; accepted are {', '.join(ROLES)}")
     clean = _strip_none(dict(message), where)
-    for name, fix in _LEGACY_FIELDS.items():
-        if clean.get(name):
+    for name, value in clean.items():
+        fix = _LEGACY_FIELDS.get(re.sub("[_-]", "", str(name)).lower()) if name != "tool_calls" else None
+        if value and fix:
             raise DataError(f"{where} has `{name}`, which is not read; {fix}")
     if "tool_calls" in clean:
         clean["tool_calls"] = _parse_tool_calls(clean["tool_calls"], f"{where}.tool_calls")
@@ -197,6 +211,12 @@ def _parse_message(message: Any, where: str, blank_allowed: bool = False) -> dic
             raise DataError(f"{where} (role {role}) has no `content`; give its text")
         content = ""
     clean["content"] = _text(content, f"{where}.content")
+    for name in THOUGHT_FIELDS:
+        if name in clean:
+            clean[name] = _text(clean[name], f"{where}.{name}")
+    thoughts = {" ".join(clean[name].split()): name for name in THOUGHT_FIELDS if clean.get(name, "").strip()}
+    if len(thoughts) > 1:
+        raise DataError(f"{where} has other thoughts in `{'` than in `'.join(thoughts.values())}`; keep one of them")
     if not clean["content"].strip() and "tool_calls" not in clean:
         other = [name for name, field in clean.items() if name not in _BLANK_FIELDS and field not in ("", [], {})]
         if other and role == "assistant":
@@ -234,10 +254,20 @@ def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(f"{where}[{i}] has no name; give {{'function': {{'name': ..., 'arguments': ...}}}}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = _from_json(arguments, f"{where}[{i}] arguments")
+            name = f"{where}[{i}] arguments"
+            arguments = _json_like(_from_json(arguments, name), name, written=True)
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
             raise DataError(f"{where}[{i}] has arguments {kind_of(arguments)}; give an object, name by name")
+        unread = {name for name, value in function.items() if value and name not in _CALL_FIELDS}
+        if function is not call:
+            known = {"function", *_CALL_FIELDS} - {"arguments"}
+            unread |= {name for name, value in call.items() if value and name not in known}
+        if unread:
+            raise DataError(
+                f"{where}[{i}] has `{min(unread)}`, which is not read; a call has `name` and `arguments`, alone or "
+                "both in `function`"
+            )
         function = {**function, "arguments": arguments}
         parsed.append({**call, "function": function} if "function" in call else function)
     return parsed
@@ -259,8 +289,8 @@ def listed(value: Any, field: str) -> Any:
     return _from_json(value, field) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
 
 
-def _listed_messages(value: Any) -> Any:
-    """PI as messages where its text is the JSON of messages; PI that is any other text stays text."""
+def listed_messages(value: Any) -> Any:
+    """PI, or a prompt, as messages where its text is the JSON of messages; any other text stays text."""
     if not isinstance(value, str) or value.lstrip()[:1] != "[":
         return value
     try:
@@ -316,9 +346,10 @@ def _from_json(value: Any, where: str) -> Any:
         raise DataError(f"`{where}` is a string but not JSON: {error}") from error
 
 
-def _json_like(value: Any, where: str) -> Any:
-    """`value` without None, refused unless it could be written as JSON (the chat template prints it)."""
-    value = _strip_none(value, where)
+def _json_like(value: Any, where: str, written: bool = False) -> Any:
+    """`value`, refused unless it could be written as JSON (the chat template prints it); without None, unless its own
+    text was JSON: then nobody but its author wrote them."""
+    value = value if written else _strip_none(value, where)
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
+from .row import LABELS, THOUGHT_FIELDS
 
 THINKING = (
     "<think>",
@@ -26,7 +27,6 @@ THINKING = (
     "<|inner_prefix|>",
     "<|channel>thought",
 )
-_THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _SWITCHES = re.compile(r"/(no_)?think\b")  # templates take these commands out of the text
 
 
@@ -56,15 +56,16 @@ def closer(tag: str) -> str:
 
 
 def split_thoughts(answer: dict[str, Any]) -> tuple[str, str]:
-    """The thoughts of an answer, in a field of their own or in tags before its text, and its words."""
+    """The thoughts of an answer, in a field of their own, in tags before its text or in both, and its words."""
     words = answer["content"]
-    thoughts = next((answer[key] for key in _THOUGHT_FIELDS if answer.get(key)), "")
+    thoughts = next((answer[key] for key in THOUGHT_FIELDS if answer.get(key)), "")
     for tag in THINKING:
         before, found, after = words.partition(closer(tag))
         if found and (before.lstrip().startswith(tag) or tag not in before):
-            inner = before.lstrip().removeprefix(tag)
-            return inner.strip() or (thoughts if isinstance(thoughts, str) else ""), after
-    return thoughts if isinstance(thoughts, str) else "", words
+            inner = before.lstrip().removeprefix(tag).strip()
+            apart = [] if squeeze(thoughts) in squeeze(inner) else [thoughts.strip()]
+            return "\n\n".join(part for part in (*apart, inner) if part), after
+    return thoughts, words
 
 
 def check_shown(messages: Sequence[Mapping[str, Any]], text: str, first: int = 0) -> None:
@@ -130,6 +131,19 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     elif value is not None:
         yield value
+
+
+def unshown_fields(messages: Sequence[Mapping[str, Any]], text: str) -> list[str]:
+    """Fields of messages, of no format that is known here, whose words are nowhere in `text`."""
+    return sorted(
+        {
+            name
+            for message in messages
+            for name, value in message.items()
+            if name not in LABELS and not (name == "name" and message["role"] == "tool")
+            if any(isinstance(leaf, str) and not holds(text, leaf) for leaf in _leaves(value))
+        }
+    )
 
 
 def lost_thoughts(messages: Sequence[dict[str, Any]], text: str) -> list[int]:
