@@ -289,3 +289,18 @@ def test_thoughts_in_other_tags_than_the_template_s_stand_in_one_block(written):
     made = DataCollatorForPrivilegedGKD(byte_tokenizer(strips), max_length=None)
     completion = made.tokenizer.decode(made.encode(row("u:Q", "a:" + written))["completion_ids"])
     assert completion == "Hm.\n</thought>\n\nA.<|im_end|>"
+
+
+def test_pi_goes_to_the_question_where_a_row_s_system_turn_is_not_shown():
+    """Mistral's templates show it with the last user turn, if that is the last of all."""
+    last = (
+        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"
+        "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    made = DataCollatorForPrivilegedGKD(byte_tokenizer(last), max_length=None, privileged_placement="system")
+    assert made.builder.placement == "system"
+    encoded = made.encode(row("u:Q", "a:A", "t:result", "a:B", pi="Secret."))
+    assert encoded["contexts"].moved
+    assert encoded["teacher_text"] == encoded["student_text"].replace("Q<", "Q\n\nSecret.<")

@@ -244,7 +244,8 @@ class ContextBuilder:
         start = _common(without, with_pi)
         end = _common(without[::-1], with_pi[::-1])
         if start + end >= len(without):
-            return len(with_pi) >= len(without)
+            lost = len(with_pi) == len(without) and self.placement == "system"  # a system turn is not always shown
+            return len(with_pi) >= len(without) and not lost
         changed = [a for a, b in zip(student, teacher) if a != b] if len(student) == len(teacher) else []
         template = self.privileged_template.strip()
         if not changed or "{question}" not in template or template.startswith("{question}"):
