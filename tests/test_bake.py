@@ -172,6 +172,60 @@ def test_code_and_tables_are_cut_at_line_ends():
         ]
 
 
+def test_a_heading_with_nothing_below_is_a_statement_or_named(caplog):
+    text = "# Rules\n\n## No refunds after May\n\n## Pets\n\n### Cats\n\n## Is it free?\n\n## Dogs\n\n"
+    text += "Dogs may stay outside."
+    found = [(p.headings, p.text) for p in split_documents([("a.md", text)])]
+    assert found == [
+        (("Rules",), "No refunds after May"),
+        (("Rules",), "Is it free?"),
+        (("Rules", "Dogs"), "Dogs may stay outside."),
+    ]
+    assert "a.md: headings with nothing below them are left out: Rules > Pets > Cats." in caplog.text
+    comments = "# The server listens on port 8080\n# Never change it in the code\nport = 8080, host = here\n"
+    first, second = split_documents([("a.ini", comments)])
+    assert (first.text, second.headings) == ("The server listens on port 8080", ("Never change it in the code",))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "````md\n```python\n# one\n# two\n```\n# three\n````",
+        "```\na = 1\n```python\n# one\n# two\n```",
+        "~~~~\n~~~\n# one\n# two\n~~~~",
+        "```\n~~~\n# one\n# two\n```",
+    ],
+)
+def test_a_fence_is_closed_by_its_like_alone(code):
+    passages = split_documents([("a.md", f"It is in the code below.\n\n{code}\n\nIt ends with the code.")])
+    assert [p.text for p in passages] == ["It is in the code below.", code, "It ends with the code."]
+    inline = split_documents([("a.md", "```a``` is code on one line.\n\n# Heading\n\nIt stands below the heading.")])
+    assert inline[1].headings == ("Heading",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " ".join(["बंदरगाह का प्रकाशस्तंभ बैंगनी है।"] * 12),
+        " ".join(["بندرگاہ کا مینار جامنی ہے۔"] * 12),
+        " ".join(["ประภาคารเป็นสีม่วงและสูง"] * 12),
+        "\n".join(["a line of a transcript without any marks"] * 12),
+        "\n".join(["ann | 3 days | of leave in may"] * 12),
+    ],
+)
+def test_text_is_cut_where_its_script_or_its_lines_end_sentences(text):
+    passages = split_documents([("a.md", text)], most_words=20)
+    assert len(passages) > 2
+    assert max(word_count(p.text) for p in passages) <= 20
+    assert " ".join(p.text for p in passages).split() == text.split()
+
+
+def test_words_at_the_end_of_a_cut_item_stay_apart():
+    lines = ["```", *(f"x{i} = {i}" for i in range(12)), "```", "It is the last word", "- one", "- two"]
+    passages = split_documents([("a.md", "\n".join(lines))], most_words=10)
+    assert "\n".join(p.text for p in passages).split() == " ".join(lines).split()
+
+
 @pytest.mark.parametrize("line", ["---", "==="])
 def test_a_line_under_a_heading_is_no_heading(line):
     text = f"# Harbour\n{line}\nThe tower is red.\n\n```\na = b\n\n```\n{line}\n\nIt is old and tall."

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+logger = logging.getLogger(__name__)
+
 MOST_WORDS = 60
 """Of a passage. A small model writes no usable question on six facts at once; a larger one does not mind."""
 LEAST_WORDS = 4
+LEAST_TITLE = 3  # of a heading with nothing below it that is taken for a statement
 QUESTION_MARKS = ("?", "？", "؟")
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\U0010ffff]")
 """A character of a script that sets no spaces between words: Thai, Lao, Burmese, Khmer, and those of East Asia."""
@@ -17,12 +21,14 @@ UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\U0010fff
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*\s*$")
 _UNDERLINES = "=-~"  # the outermost first
 _UNDERLINE = re.compile(r"^([-=~])\1+\s*$")  # of the line above it, which is then a heading
+_END = ".!?؟۔।॥։።။។៕"  # also of Urdu, Hindi, Armenian, Amharic, Burmese and Khmer
 _SENTENCE_END = re.compile(
-    r"""(?:(?<=[.!?؟])|(?<=[.!?؟]["')\]])|(?<=[.!?؟]["')\]]{2}))\s+(?=["'(\[]*[^\W\d_a-z])"""
+    rf"""(?:(?<=[{_END}])|(?<=[{_END}]["')\]])|(?<=[{_END}]["')\]]{{2}}))\s+(?=["'(\[]*[^\W\d_a-z])"""
     r"|(?<=[。！？])(?![。！？”’」』）])\s*(?=\S)"
+    r"|(?<=[\u0e00-\u0eff])\s+(?=[\u0e00-\u0eff])"  # Thai and Lao set a space there, and no mark
 )
 _LABELLED = re.compile(r"(?:^|\s)\W*(?:Q|Question)\s?\d*\s?[.:)]\W*\s(.*?\?)(?=\W*(?:\s|$))", re.IGNORECASE)
-_FENCE = re.compile(r"^\s*(```|~~~)")
+_FENCE = re.compile(r"^\s*(`{3,}|~{3,})(.*)$")
 _TABLE = re.compile(r"^\s*\|")
 _ITEM = re.compile(r"\s*([-*+•]|\d+[.)])\s")
 
@@ -63,16 +69,21 @@ def sentences(text: str) -> list[str]:
 
 def split_documents(documents: Sequence[tuple[str, str]], *, most_words: int = MOST_WORDS) -> list[Passage]:
     """Passages of at most `most_words` words where sentences allow it, in reading order; nothing is left out but
-    headings (which every passage carries) and lines without a letter or digit.
+    headings (which every passage carries; of one or two words with nothing below, they are named in the log) and lines
+    without a letter or digit.
 
     Args:
         documents: (name, Markdown or plain text).
     """
     found: list[Passage] = []
     for name, text in documents:
+        bare: list[str] = []
         for headings, paragraph in _paragraphs(text):
-            for piece in _pieces(paragraph, most_words):
+            bare += [] if paragraph else [" > ".join(headings)]
+            for piece in _pieces(paragraph, most_words) if paragraph else ():
                 found.append(Passage(len(found), name, headings, piece))
+        if bare and found:
+            logger.warning("%s: headings with nothing below them are left out: %s.", name, ", ".join(bare))
     return found
 
 
@@ -107,6 +118,8 @@ def _paragraphs(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
         if depth:
             if asked and not answered:
                 yield _path(headings), asked
+            elif not answered and headings and headings[-1][0] >= depth:
+                yield _bare(headings)
             asked, answered = "", False
             headings = [(level, name) for level, name in headings if level < depth] + [(depth, title)]
         elif line.strip() or fence:
@@ -117,6 +130,14 @@ def _paragraphs(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
         yield _path(headings, asked), "\n".join(block).strip()
     elif asked and not answered:
         yield _path(headings), asked
+    elif headings and not answered:
+        yield _bare(headings)
+
+
+def _bare(headings: Sequence[tuple[int, str]]) -> tuple[tuple[str, ...], str]:
+    """A heading with nothing below it, as a paragraph of its own; with no text if it says too little for one."""
+    title = headings[-1][1]
+    return (_path(headings[:-1]), title) if word_count(title) >= LEAST_TITLE else (_path(headings), "")
 
 
 def _path(headings: Sequence[tuple[int, str]], asked: str = "") -> tuple[str, ...]:
@@ -135,10 +156,13 @@ def _underline(line: str, above: str) -> int:
 def _fence_after(line: str, fence: str) -> str:
     """The fence of the block of code that is open behind a line, "" where none is."""
     found = _FENCE.match(line)
-    mark = found[1] if found else ""
+    if found is None:
+        return fence
+    mark, behind = found[1], found[2]
     if not fence:
-        return mark
-    return "" if mark == fence else fence
+        return "" if mark[0] == "`" and "`" in behind else mark
+    closes = mark[0] == fence[0] and len(mark) >= len(fence) and not behind.strip()
+    return "" if closes else fence
 
 
 def _pieces(paragraph: str, most_words: int) -> Iterator[str]:
@@ -169,7 +193,7 @@ def _parts(lines: Sequence[str], most_words: int) -> Iterator[str]:
         for start, end in pairwise(sorted({0, *items, len(lines)})):
             item = "\n".join(lines[start:end]) + "\n"
             too_long = word_count(item) > most_words and any(as_lines[start:end])
-            yield from _parts(lines[start:end], most_words) if too_long else [item]
+            yield from [*_parts(lines[start:end], most_words), "\n"] if too_long else [item]
         return
     prose: list[str] = []
     for line, is_line in zip(lines, as_lines):
@@ -177,11 +201,18 @@ def _parts(lines: Sequence[str], most_words: int) -> Iterator[str]:
             prose.append(line)
             continue
         if prose:
-            yield from sentences(" ".join(prose) + "\n")
+            yield from _sayings(prose, most_words)
+            yield "\n"
             prose = []
         yield line + "\n"
-    if prose:
-        yield from sentences(" ".join(prose))
+    yield from _sayings(prose, most_words)
+
+
+def _sayings(lines: Sequence[str], most_words: int) -> Iterator[str]:
+    """Sentences, each on one line; the lines of what has no end of a sentence for too long."""
+    for sentence in sentences("\n".join(lines)):
+        too_long = word_count(sentence) > most_words
+        yield from sentence.splitlines(keepends=True) if too_long else [sentence.replace("\n", " ")]
 
 
 def asked_in(passages: Sequence[Passage]) -> list[tuple[str, Passage]]:

@@ -431,7 +431,7 @@ def check_context(name: str, collator: Any, passages: Sequence[Passage], config:
             raise DataError(
                 f"passage {passage.number} of {passage.source} ({passage.text[:40]!r} …) has {length} tokens with a "
                 f"question; with an answer of {config.max_new_tokens} that is more than the {limit} of the model. "
-                "Shorten it, or give --passage_words less."
+                "Break it into lines or sentences, or give --passage_words less."
             )
 
 
