@@ -27,7 +27,7 @@ from pgkd_peft.bake.keep import SYSTEMS, Keeper, systems_of
 from pgkd_peft.bake.questions import Question, read_questions, write_questions
 from pgkd_peft.bake.server import ServerWriter, WriterError
 from pgkd_peft.bake.split import Passage, asked_in, rules, sentences, split_documents, word_count
-from pgkd_peft.errors import DataError
+from pgkd_peft.errors import DataError, ModelError
 
 DOCUMENT = """# Harbour
 
@@ -785,6 +785,54 @@ def test_own_requests_come_from_text_or_jsonl(tmp_path):
     (tmp_path / "d.jsonl").write_text(line % "Hello" + line % " ")
     with pytest.raises(DataError, match="line 2: the request is empty"):
         read.requests(str(tmp_path / "d.jsonl"))
+
+
+def test_own_requests_are_taken_as_they_are_written(tmp_path, caplog):
+    (tmp_path / "a.md").write_text("# My requests\n\n- How are you?\n  Say it.\n2. Who is there?\n")
+    assert read.requests(str(tmp_path / "a.md")) == ["How are you?\nSay it.", "Who is there?"]
+    (tmp_path / "b.md").write_text("- How are you?\n\nAnd this?\n")
+    with pytest.raises(DataError, match=r"b.md line 3: neither a list item"):
+        read.requests(str(tmp_path / "b.md"))
+    (tmp_path / "c.md").write_text("# Only a heading\n")
+    with pytest.raises(DataError, match="holds no request"):
+        read.requests(str(tmp_path / "c.md"))
+    user, more = {"role": "user", "content": "And why?"}, [{"role": "user", "content": "Who?"}]
+    parts = {"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "is it?"}]}
+    answer = {"role": "assistant", "content": "Ann."}
+    turns = [[user], [*more, answer, user], [parts, answer]]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    assert read.requests(str(tmp_path / "d.jsonl")) == ["And why?", "And why?", "Who is it?"]
+    assert "1 of 3 requests have other turns before the last question" in caplog.text
+    for line, why in (
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "stands twice"),
+        (json.dumps({"messages": [{"role": "usr", "content": "a"}]}), "did you mean 'user'"),
+        (json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), "only text is supported"),
+        (json.dumps({"prompt": "a"}), "in every line"),
+    ):
+        (tmp_path / "e.jsonl").write_text(line)
+        with pytest.raises(DataError, match=f"e.jsonl, line 1: give .*{why}"):
+            read.requests(str(tmp_path / "e.jsonl"))
+    (tmp_path / "f.csv").write_text("Who?")
+    with pytest.raises(DataError, match=r"\.csv cannot be read; accepted are .*\.jsonl"):
+        read.requests(str(tmp_path / "f.csv"))
+
+
+def test_pointers_are_no_text_to_teach(tmp_path):
+    pointer = tmp_path / "a.md"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n")
+    for reader in (lambda p: read.documents([p]), read.prompt_text, read.requests):
+        with pytest.raises(ModelError, match="a Git LFS pointer"):
+            reader(str(pointer))
+
+
+@pytest.mark.parametrize("field", ["question", "kind", "system", "passage", "gap", "answer", "why", "call"])
+def test_an_edit_of_another_type_is_named(tmp_path, field):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Who is it?", field: [True]}) + "\n")
+    with pytest.raises(DataError, match=rf"line 1: {field} is \[True\]; it is "):
+        read_questions(tmp_path / "q.jsonl", 3)
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "question": "Why?"}\n')
+    with pytest.raises(DataError, match="'question' stands twice"):
+        read_questions(tmp_path / "q.jsonl", 3)
 
 
 def test_own_requests_go_to_the_nearest_passage_or_are_counted(tmp_path, caplog):

@@ -7,12 +7,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from ..data.row import load_json
 from ..errors import DataError
 from ..run.jsonl import write_whole
 from .read import utf8_text
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    **{"str": (str,), "int": (int,), "str | None": (str, NoneType)},
+    **{"int | None": (int, NoneType), "float | None": (float, int, NoneType)},
+}
 USES = ("train", "heldout", "anchor", "dropped")
 
 
@@ -79,7 +85,7 @@ def read_questions(path: Path, passages: int) -> list[Question]:
         if not line.strip():
             continue
         try:
-            found.append(_parsed(json.loads(line), known, passages))
+            found.append(_parsed(load_json(line), known, passages))
         except (ValueError, TypeError) as error:
             faults.append(f"line {number}: {error}")
     if faults:
@@ -94,6 +100,10 @@ def _parsed(record: Any, known: set[str], passages: int) -> Question:
     if unknown:
         raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}")
     question = Question(**record)
+    for f in fields(Question):
+        value = getattr(question, f.name)
+        if type(value) not in _TYPES[str(f.type)]:
+            raise ValueError(f"{f.name} is {value!r}; it is {f.type}")
     if not isinstance(question.question, str) or not question.question.strip():
         raise ValueError("question is empty; write one, or delete the line")
     if question.passage is not None and not (isinstance(question.passage, int) and 0 <= question.passage < passages):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import DataError, reason
+from ..data.files import BrokenRow, read_prompts
+from ..data.row import load_json, parse_messages
+from ..errors import DataError, reason, refuse_pointer
 from ..run.folder import BAKE_FILE, RUN_FILE, is_checkpoint, is_run_file
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def read_text(path: Path, kinds: Sequence[str] = TEXT) -> str:
     elif path.suffix.lower() in kinds:
         text = utf8_text(path)
     else:
-        raise DataError(f"{path}: {path.suffix} cannot be read; accepted are {', '.join((*TEXT[:-1], *CONVERTED))}")
+        accepted = ", ".join(suffix for suffix in (*kinds, *CONVERTED) if suffix)
+        raise DataError(f"{path}: {path.suffix} cannot be read; accepted are {accepted}")
     if not text.strip():
         raise DataError(f"{path} is empty; there is nothing to teach in it")
     return text
@@ -91,6 +93,7 @@ def utf8_text(path: Path) -> str:
     Raises:
         DataError: it is binary, or not UTF-8.
     """
+    refuse_pointer(path)
     raw = path.read_bytes()
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
@@ -133,7 +136,8 @@ def prompt_text(given: str) -> str:
 
 
 def requests(path: str) -> list[str]:
-    """The user's own requests: a line each, or JSONL with ``messages`` (the last user turn counts).
+    """The user's own requests: a line each, of Markdown a list item (or paragraph) each, or JSONL with ``messages``, of
+    which the last user turn is taken; how many have more than that is logged.
 
     Raises:
         DataError: names the line that cannot be used.
@@ -142,19 +146,40 @@ def requests(path: str) -> list[str]:
     if not os.path.isfile(path):
         raise DataError(f"--requests {path!r} does not exist; give a text file with a request a line, or JSONL")
     found = []
-    for number, line in enumerate(read_text(file, REQUESTS).split("\n"), start=1):
+    text = read_text(file, REQUESTS)
+    if file.suffix.lower() in (".md", ".markdown"):
+        rows = read_prompts(file)
+        broken = [row for row in rows if isinstance(row, BrokenRow)]
+        if broken or not rows:
+            raise DataError(f"--requests: {broken[0] if broken else f'{path} holds no request, only headings'}")
+        return [row["messages"][0]["content"] for row in rows]
+    longer = 0
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         if file.suffix.lower() != ".jsonl":
             found.append(line.strip())
             continue
         try:
-            turns = [turn["content"] for turn in json.loads(line)["messages"] if turn["role"] == "user"]
-            found.append(turns[-1].strip())
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            turns = parse_messages(load_json(line)["messages"], "messages")
+            said = [turn["content"] for turn in turns if turn["role"] == "user"]
+            found.append(said[-1].strip())
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if "without text" in str(error):
+                raise DataError(
+                    f"{path}, line {number}: the request is empty; write one, or delete the line"
+                ) from error
+            because = f" ({error})" if isinstance(error, ValueError) else ""
             raise DataError(
-                f'{path}, line {number}: give {{"messages": [{{"role": "user", "content": "..."}}]}} in every line'
+                f'{path}, line {number}: give {{"messages": [{{"role": "user", "content": "..."}}]}} in every '
+                f"line{because}"
             ) from error
-        if not found[-1]:
-            raise DataError(f"{path}, line {number}: the request is empty; write one, or delete the line")
+        longer += len(turns) - (turns[-1]["role"] == "assistant") > 1
+    if longer:
+        logger.warning(
+            "%s: %d of %d requests have other turns before the last question (or a system turn), which are left out.",
+            path,
+            longer,
+            len(found),
+        )
     return found

@@ -318,7 +318,7 @@ def _read_csv(path: Path) -> list[Any]:
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+(?=\S)")
 
 
-def _read_prompts(path: Path) -> list[Any]:
+def read_prompts(path: Path) -> list[Any]:
     """Rows of one user turn: of text a line each, of Markdown a list item each, or a paragraph where it has no list."""
     try:
         text = path.read_bytes().removeprefix(_BOM).decode("utf-8")
@@ -357,7 +357,7 @@ def _list_items(path: Path, lines: Sequence[str]) -> list[str | BrokenRow]:
 
 
 _READERS: dict[str, Callable[[Path], list[Any]]] = {
-    **dict.fromkeys(PROMPT_SUFFIXES, _read_prompts),
+    **dict.fromkeys(PROMPT_SUFFIXES, read_prompts),
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
