@@ -736,6 +736,32 @@ def test_a_passage_longer_than_the_context_is_refused_by_name(base, tmp_path, ca
     assert "passage 0 of long.md" in capsys.readouterr().err
 
 
+def test_requests_and_edits_that_do_not_fit_are_refused_by_name(base, tmp_path, capsys):
+    document, requests, run = tmp_path / "d.md", tmp_path / "r.txt", tmp_path / "run"
+    document.write_text("The lighthouse at Ammersby is violet and tall.")
+    requests.write_text("Is it violet?\n" + "Is it violet " * 1000 + "\n")
+    argv = ["bake", "--model_name_or_path", base, "--document", str(document), "--base_quantization", "none"]
+    argv += ["--dry_run", "--questions", "0", "--anchors", "0", "--max_length", "100000", "--output_dir", str(run)]
+    assert cli.main([*argv, "--requests", str(requests)]) == 2
+    said = capsys.readouterr().err
+    assert "the request 'Is it violet Is it violet" in said
+    assert "the model's context (max_position_embeddings) is" in said
+    run.mkdir(exist_ok=True)
+    (run / "questions.jsonl").write_text('{"question": "Is it \\ud800?", "passage": 0}\n')
+    requests.write_text("Is it violet?\n")
+    assert cli.main([*argv, "--requests", str(requests)]) == 2
+    assert (
+        "the question 'Is it \\ud800?' cannot be used: messages[0].content has a lone surrogate"
+        in capsys.readouterr().err
+    )
+    prompt = ["--system_prompt", "Be brief. \udcff", "--model_name_or_path", "none", "--output_dir", str(run)]
+    assert cli.main(["bake", *prompt]) == 2
+    assert "--system_prompt has a lone surrogate" in capsys.readouterr().err
+    prompt = ["--system_prompt", "Be brief. " * 900, "--model_name_or_path", base, "--output_dir", str(run / "p")]
+    assert cli.main(["bake", *prompt, "--base_quantization", "none"]) == 2
+    assert "of the model. Shorten it." in capsys.readouterr().err
+
+
 def test_a_long_line_is_a_prompt_and_no_name_of_a_file(tmp_path):
     words = "Answer in one sentence. " * 20
     assert read.prompt_text(words) == words.strip()

@@ -44,6 +44,18 @@ def systems_of(collator: DataCollatorForPrivilegedGKD) -> tuple[str | None, ...]
     return SYSTEMS
 
 
+def encoded_by_name(collator: DataCollatorForPrivilegedGKD, row: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """What the collator makes of a row.
+
+    Raises:
+        DataError: the row cannot be used; `what` says which it is.
+    """
+    try:
+        return collator.check_length(collator.encode(row))
+    except DataError as error:
+        raise type(error)(f"{what} cannot be used: {error}") from error
+
+
 class Keeper:
     """Answers questions as teacher (or, of anchors, as base) and decides what becomes of them.
 
@@ -126,7 +138,10 @@ class Keeper:
         """Answer as teacher (anchors: as base), in place; encoded rows, answers' ids, and what is wrong with them."""
         for question in questions:
             question.answer, question.gap, question.unsure = "", None, None
-        encoded = [self.collator.encode(self.row(question)) for question in questions]
+        encoded = [
+            encoded_by_name(self.collator, self.row(question), f"the question {question.question[:40]!r}")
+            for question in questions
+        ]
         prompts, pad = [row["teacher_ids"] for row in encoded], self.collator.pad_token_id
         answers = generate(self.model, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.stops, pad_id=pad)
         for question, ids in zip(questions, answers):

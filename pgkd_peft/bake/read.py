@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.files import BrokenRow, read_prompts
-from ..data.row import load_json, parse_messages
+from ..data.row import check_unicode, load_json, parse_messages
 from ..errors import DataError, reason, refuse_pointer
 from ..run.folder import BAKE_FILE, RUN_FILE, is_checkpoint, is_run_file
 
@@ -125,6 +125,7 @@ def prompt_text(given: str) -> str:
     Raises:
         DataError: it is empty, or looks like a file that is not there.
     """
+    check_unicode(given, "--system_prompt")
     path = Path(given)
     if os.path.isfile(given):  # False, not an error, for words too long to be a name
         return read_text(path).strip()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ..config import PrivilegedGKDConfig
     from .arguments import ModelArguments
 
+SYSTEM_PROMPT = "system prompt"  # the source of its passage
 DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
 sifted, an adapter is trained to answer them without the text, and what it took over is measured. Any setting of
 `pgkd train` can be given too."""
@@ -268,7 +269,7 @@ def is_finished(folder: Path) -> bool:
 def read_passages(args: BakeArguments) -> list[Passage]:
     """What is taught; a system prompt is one passage."""
     if args.system_prompt is not None:
-        return [Passage(0, "system prompt", (), read.prompt_text(args.system_prompt))]
+        return [Passage(0, SYSTEM_PROMPT, (), read.prompt_text(args.system_prompt))]
     passages = split_documents(read.documents(args.document or []), most_words=args.passage_words)
     if not passages:
         raise DataError("the documents hold no passage of a few words; there is nothing to ask about")
@@ -345,7 +346,7 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper, PeftModel]:
     from ..engines.merged import RolloutEngine
     from ..model.adapters import load_adapter
     from ..model.load import base_of
-    from ..model.student import build_student, find_tokenizer
+    from ..model.student import build_student, context_length, embedding_rows, find_tokenizer
     from .arguments import lora_config, quantization_config
 
     args, passages, config, state, console = job.args, job.passages, job.config, job.state, job.console
@@ -358,9 +359,10 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper, PeftModel]:
     tokenizer = find_tokenizer(name, None, config)
     longest = max(len(tokenizer(p.privileged, add_special_tokens=False)["input_ids"]) for p in passages)
     config.max_privileged_length = max(config.max_privileged_length, longest + 8)
-    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config)
+    limit = context_length(name, config)
+    collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config, limit, embedding_rows(name, config))
     privileged = {passage.number: passage.privileged for passage in passages}
-    check_context(name, collator, passages, config)
+    check_texts(collator, passages, job.plan.requests)
     console.print(f"{len(passages)} passages, {sum(word_count(p.text) for p in passages)} words", highlight=False)
     # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
     # dequantizing every weight for every token.
@@ -412,27 +414,35 @@ def accept(job: Job) -> None:
     write_json(job.folder / BAKE_FILE, job.state)
 
 
-def check_context(name: str, collator: Any, passages: Sequence[Passage], config: Any) -> None:
-    """Every passage must fit into the model's context with a question and an answer.
+def check_texts(collator: Any, passages: Sequence[Passage], requests: Sequence[str]) -> None:
+    """Every passage, and the user's own requests with whichever passage they may go to, must fit into the model's
+    context with an answer, and into its vocabulary.
 
     Raises:
-        DataError: names those that do not, and what to do.
+        DataError: names the first that does not, and what to do.
     """
-    from ..model.student import context_length
+    from ..bake.keep import encoded_by_name
+    from ..data.collator import PrivilegedTooLongError
 
-    limit = context_length(name, config)
-    if limit is None:
-        return
+    question = "What would a rather long question about it be, in about twenty words?"
     key = collator.builder.privileged_key
-    question = {"role": "user", "content": "What would a rather long question about it be, in about twenty words?"}
     for passage in passages:
-        length = len(collator.encode({"messages": [question], key: passage.privileged})["teacher_ids"])
-        if length + config.max_new_tokens > limit:
+        what = f"passage {passage.number} of {passage.source} ({passage.text[:40]!r} …)"
+        row = {"messages": [{"role": "user", "content": question}], key: passage.privileged}
+        try:
+            encoded_by_name(collator, row, what)
+        except PrivilegedTooLongError as error:
+            length = len(collator.encode(row)["teacher_ids"])
+            is_prompt = passage.source == SYSTEM_PROMPT
+            fix = "Shorten it." if is_prompt else "Break it into lines or sentences, or give --passage_words less."
             raise DataError(
-                f"passage {passage.number} of {passage.source} ({passage.text[:40]!r} …) has {length} tokens with a "
-                f"question; with an answer of {config.max_new_tokens} that is more than the {limit} of the model. "
-                "Break it into lines or sentences, or give --passage_words less."
-            )
+                f"{what} has {length} tokens with a question; with an answer of {collator.max_new_tokens} that is more "
+                f"than the {collator.context_length} of the model. {fix}"
+            ) from error
+    longest = max((passage.privileged for passage in passages), key=len)
+    for request in requests:
+        row = {"messages": [{"role": "user", "content": request}], key: longest}
+        encoded_by_name(collator, row, f"the request {request[:40]!r}")
 
 
 def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], requests: Sequence[str]) -> int:
