@@ -177,11 +177,19 @@ def test_rows_passed_in_python_are_read_alike():
         ("a.txt", "\ufeffOne?\n\n  - Two? \r\nThree", ["One?", "- Two?", "Three"]),
         ("a.md", "# Questions\n\n- One?\n  more\n* Two?\n3. Three\n", ["One?\nmore", "Two?", "Three"]),
         ("a.md", "# Questions\n\nOne,\nstill one?\n\nTwo?\n", ["One,\nstill one?", "Two?"]),
+        ("a.txt", "One\u2028still one?\r\nTwo?\x0c\r", ["One\u2028still one?", "Two?"]),
+        ("a.md", "#one is a tag?\n\n## Heading\n\n#\nTwo?\n", ["#one is a tag?", "Two?"]),
+        ("a.md", "- One?\n#two is a tag\n", ValueError),
+        ("a.md", "Why?\n\n```python\n# one\n\nx = 1\n```\n", ValueError),
         ("a.txt", json.dumps(ROWS[0]) + "\n", None),  # JSON lines under another name
     ],
 )
 def test_a_text_file_is_a_list_of_prompts(tmp_path, name, text, prompts):
-    (tmp_path / name).write_text(text, "utf-8")
+    (tmp_path / name).write_bytes(text.encode())
+    if prompts is ValueError:
+        with pytest.raises(DataError, match=r"a.md line \d: (neither a list item|code may hold blank lines)"):
+            load_rows(tmp_path / name)
+        return
     dataset = load_rows(tmp_path / name)
     if prompts is None:
         assert dataset[0]["messages"] == ROWS[0]["messages"]

@@ -315,6 +315,7 @@ def _read_csv(path: Path) -> list[Any]:
     return rows
 
 
+_TITLE = re.compile(r"#{1,6}(\s|$)")
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+(?=\S)")
 
 
@@ -324,7 +325,7 @@ def read_prompts(path: Path) -> list[Any]:
         text = path.read_bytes().removeprefix(_BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}; write it as UTF-8") from error
-    lines = text.splitlines()
+    lines = re.split(r"\r\n|\r|\n", text)  # a line separator of Unicode's is part of a prompt
     if (first := text.lstrip()[:1]) == "{" or (first == "[" and path.suffix.lower() == ".txt"):
         return _read_json(path)  # under another name
     if path.suffix.lower() == ".txt":
@@ -332,8 +333,11 @@ def read_prompts(path: Path) -> list[Any]:
     elif any(_ITEM.match(line) for line in lines):
         prompts = _list_items(path, lines)
     else:
-        blocks = re.split(r"\n\s*\n", "\n".join(line for line in lines if not line.startswith("#")))
+        blocks = re.split(r"\n\s*\n", "\n".join(line for line in lines if not _TITLE.match(line)))
         prompts = [block.strip() for block in blocks if block.strip()]
+        if code := next((number for number, line in enumerate(lines, 1) if line.startswith(("```", "~~~"))), None):
+            fault = f"{path.name} line {code}: code may hold blank lines and #; make it a list, with the code indented"
+            prompts = [BrokenRow(fault)]
     return [
         prompt if isinstance(prompt, BrokenRow) else {"messages": [{"role": "user", "content": prompt}]}
         for prompt in prompts
@@ -347,7 +351,7 @@ def _list_items(path: Path, lines: Sequence[str]) -> list[str | BrokenRow]:
         item = _ITEM.match(line)
         if item and not (items and line.startswith("  ")):
             items.append(line[item.end() :].strip())
-        elif line.strip() and not line.startswith("#"):
+        elif line.strip() and not _TITLE.match(line):
             if items and line.startswith((" ", "\t")):
                 items[-1] = type(items[-1])(f"{items[-1]}\n{line.strip()}")
             else:
