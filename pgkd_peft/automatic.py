@@ -168,7 +168,6 @@ def settle_checkpointing(config: PrivilegedGKDConfig, model: Any, report: DataRe
     if needed is not None and needed < free / 4:
         reason = f"a micro-batch's activations take at most {needed / 2**30:.1f} of {free / 2**30:.0f} GiB free memory"
         config.choose("gradient_checkpointing", False, f"{reason}, and with it each layer runs twice")
-        config.without_checkpointing()
 
 
 def activation_bytes(config: Any, rows: int, length: int) -> int | None:

@@ -33,7 +33,6 @@ from .run.checkpoint import (
     explain_full_disk,
     find_checkpoint,
     finished_at,
-    is_about_writing,
     publish,
     remove_leftovers,
     replacing,
@@ -47,7 +46,7 @@ from .run.interrupt import interruptible
 from .run.jsonl import write_whole
 from .run.meters import Meters, means_of, over_ranks
 from .run.metrics import MetricsFileCallback
-from .run.place import locked, make_readable
+from .run.place import is_about_writing, locked, make_readable
 from .run.resume import Continue, check_belongs, progress_file, readable_state
 from .trl_compat import log_progress, uploading_only
 
@@ -235,10 +234,10 @@ class RunTrainer(SFTTrainer):
             self.processing_class.save_pretrained(folder)
             self.run_info.write(folder)
             make_readable(Path(folder) / ADAPTER_FILE)
-        card = Path(run_dir) / CARD_FILE
-        self.create_model_card(model_name=(self.args.hub_model_id or Path(run_dir).name).split("/")[-1])
-        if card.is_file() and Path(output_dir) != card.parent:
-            (Path(output_dir) / CARD_FILE).write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+            self.create_model_card(model_name=(self.args.hub_model_id or Path(run_dir).name).split("/")[-1])
+            card = Path(run_dir) / CARD_FILE
+            if card.is_file():
+                shutil.copyfile(card, Path(folder) / CARD_FILE)  # in place of PEFT's
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -278,6 +278,8 @@ class PrivilegedGKDConfig(GKDConfig):
     def choose(self, name: str, value: Any, reason: str) -> None:
         """Set a field that nobody gave, and remember why."""
         setattr(self, name, value)
+        if name == "gradient_checkpointing":
+            self.activation_checkpointing = value
         self.automatic[name] = (value, reason)
 
     def __post_init__(self) -> None:

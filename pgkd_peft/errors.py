@@ -76,7 +76,8 @@ def _message(error: BaseException) -> str:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         return f"{error.msg} ({where})"
     if isinstance(error, OSError) and error.strerror:  # "[Errno 30] Read-only file system: 'x'" for people
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        files = [str(name) for name in (error.filename, error.filename2) if name is not None]  # of a copy both
+        return f"{' -> '.join(files)}: {error.strerror}" if files else error.strerror
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     lines = [line for line in lines if line.strip("-=^~ ")]
     if not lines:
@@ -164,15 +165,15 @@ def read_text(path: str | Path, what: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")  # with the mark that Windows editors put first, or without
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that must be there.
+def read_object(path: Path, advice: str = "") -> dict[str, Any]:
+    """The object in a JSON file that must be there; `advice` is what to do where it is damaged, as a sentence.
 
     Raises:
         ModelError: it cannot be read, is no JSON, or holds something else.
     """
     text = read_text(path, "file")
-    with explained(f"{path} cannot be read as JSON"):
+    with explained(f"{path} cannot be read as JSON", advice=advice):
         content = json.loads(text)
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a JSON {type(content).__name__}, not an object")
+        raise ModelError(f"{path} holds a JSON {type(content).__name__}, not an object. {advice}".rstrip(". "))
     return content

@@ -69,9 +69,7 @@ def test_adapters_with_broken_numbers_or_names(place, tmp_path, says, train, kin
     shutil.copytree(place.run, run)
     if kind == "targets":
         edited(run / ADAPTER_CONFIG, target_modules=5)
-        words = ["target_modules is 5" if command == "train" else "'int' object is not iterable"]
-        if command == "export":
-            return  # writes what is there, and loads nothing
+        words = ["target_modules is 5"]
     else:
         weights = load_file(run / ADAPTER)
         broken = float("nan") if kind == "nan" else 0.0

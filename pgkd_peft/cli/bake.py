@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..bake import pipeline, read
 from ..bake.split import MOST_WORDS, Passage, split_documents, word_count
-from ..errors import ConfigError, DataError
-from ..run.checkpoint import clear_run_folder
+from ..errors import ConfigError, DataError, explained, read_object
+from ..run.checkpoint import clear_run_folder, explain_full_disk, is_saved, refuse_foreign
 from ..run.folder import (
-    ADAPTER_FILE,
     ASKED_FILE,
     BAKE_FILE,
     BAKE_NEUTRAL_FILE,
@@ -26,6 +25,7 @@ from ..run.folder import (
     RUN_FILE,
 )
 from ..run.jsonl import read_json, write_json
+from ..run.place import locked
 from .arguments import TRAIN_ARGUMENTS, Parser, parse_train, read_recipe
 from .bake_training import train_and_judge
 from .trl_names import translate_flags, translate_recipe
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..bake.keep import Keeper
     from ..bake.questions import Question
     from ..config import PrivilegedGKDConfig
-    from .arguments import ModelArguments
+    from .arguments import DataArguments, ModelArguments
 
 SYSTEM_PROMPT = "system prompt"  # the source of its passage
 DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
@@ -223,18 +223,32 @@ class Job:
 
 def bake(args: BakeArguments, train_flags: list[str]) -> int:
     """The body of :func:`main`."""
-    from rich.console import Console
-
     passages = read_passages(args)
     requests = read.requests(args.requests) if args.requests else []
     data, model, config = parse_train([*train_flags, "--dataset_name", "bake"], prog="pgkd bake")
     folder = Path(str(config.output_dir))
-    if args.more:
-        if data.overwrite:
-            raise ConfigError("--more goes on from the bake that --overwrite would remove; give one of them")
-        return more(args, train_flags, passages, requests)
+    if args.more and data.overwrite:
+        raise ConfigError("--more goes on from the bake that --overwrite would remove; give one of them")
     if data.overwrite and data.resume:
         raise ConfigError("--resume and --overwrite exclude each other; keep one.")
+    with explain_full_disk(folder), locked(folder):
+        if args.more:
+            return more(args, train_flags, passages, requests)
+        return bake_all(args, train_flags, passages, requests, (data, model, config))
+
+
+def bake_all(
+    args: BakeArguments,
+    train_flags: list[str],
+    passages: Sequence[Passage],
+    requests: Sequence[str],
+    parsed: tuple[DataArguments, ModelArguments, PrivilegedGKDConfig],
+) -> int:
+    """A bake from its beginning, or from where it was interrupted."""
+    from rich.console import Console
+
+    data, model, config = parsed
+    folder = Path(str(config.output_dir))
     before = {} if data.overwrite else read_json(folder / BAKE_FILE)
     state = begin(args, passages, requests, model, before, folder)
     if not data.overwrite:
@@ -251,7 +265,7 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError where there is nothing to go on with: a finished bake, or a run that is none."""
+    """Raises ConfigError where there is nothing to go on with: a finished bake, a run that is none, others' files."""
     if is_finished(folder):
         raise ConfigError(
             f"the bake in {str(folder)!r} is finished. --more asks about what was not taken over, --overwrite begins "
@@ -259,11 +273,12 @@ def check_folder(folder: Path) -> None:
         )
     if (folder / RUN_FILE).is_file() and not (folder / BAKE_FILE).is_file():
         raise ConfigError(f"{str(folder)!r} holds a run that is no bake. Use another --output_dir, or --overwrite.")
+    refuse_foreign(folder)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the bake was trained, and judged as well."""
-    return bool(read_json(folder / RUN_FILE).get("finished")) and (folder / COVERAGE_FILE).is_file()
+    return is_saved(folder) and (folder / COVERAGE_FILE).is_file()
 
 
 def read_passages(args: BakeArguments) -> list[Passage]:
@@ -455,7 +470,7 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
     flags = [*train_flags, "--dataset_name", "bake"]
     _, model, config = parse_train(flags, prog="pgkd bake")
     folder = Path(str(config.output_dir))
-    if not is_finished(folder) or not (folder / ADAPTER_FILE).is_file():
+    if not is_finished(folder):
         raise ConfigError(f"--more goes on from a finished bake, and there is none in {str(folder)!r}")
     if read_json(folder / BAKE_FILE).get("taught") != digest_of(*taught(passages, model)):
         raise ConfigError(
@@ -465,7 +480,10 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
     newest, number = finished[-1], len(finished)
     target = more_folder(folder, number)
     console = Console()
-    rest = coverage.pale(read_json(newest / COVERAGE_FILE))
+    path = newest / COVERAGE_FILE
+    advice = "Remove it; the same command without --more judges again."
+    with explained(f"{path} is damaged", ConfigError, advice):
+        rest = coverage.pale(read_object(path, advice))
     if not rest:
         console.print(
             f"every passage was taken over by {coverage.PALE:.0%} or more; there is nothing pale to ask about"

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..bake import pipeline
 from ..bake.split import Passage
-from ..run.checkpoint import checkpoints
+from ..run.checkpoint import checkpoints, is_saved
 from ..run.folder import (
-    ADAPTER_FILE,
     BAKE_FILE,
     BAKE_HELDOUT_FILE,
     BAKE_NEUTRAL_FILE,
@@ -129,7 +128,7 @@ def trained(
     from .train import choose_as_before, load_datasets, make_trainer, run_training
 
     data, model_args, config = parse_train(flags, prog="pgkd bake")
-    if read_json(folder / RUN_FILE).get("finished") and (folder / ADAPTER_FILE).is_file():
+    if is_saved(folder):
         choose_as_before(config, folder)
         train_dataset, held_out = load_datasets(data, config)
         trainer = make_trainer(data, model_args, config, train_dataset, held_out, [], student)

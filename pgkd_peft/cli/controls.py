@@ -17,8 +17,8 @@ from ..data.check import fingerprint
 from ..errors import ConfigError
 from ..evaluation.controls import control_folder, control_rows, control_settings
 from ..export.adapter import AdapterRun
-from ..run.checkpoint import last_complete_checkpoint
-from ..run.folder import ADAPTER_FILE, RECIPE_FILE, RUN_FILE
+from ..run.checkpoint import is_saved, last_complete_checkpoint
+from ..run.folder import RECIPE_FILE, RUN_FILE
 from ..run.jsonl import read_json
 from .arguments import parse_train, read_recipe
 from .train import NOT_IN_RECIPE, load_datasets, recipe_folder, train
@@ -88,7 +88,7 @@ def _find(
     rows = control_rows(name, rows, config)
     control_settings(name, config)
     here = control_folder(folder, name)
-    finished = is_finished(here)
+    finished = is_saved(here)
     if finished:
         said = read_recipe(str(here / RECIPE_FILE), use_env=False)
         ours = {k: v for k, v in told.items() if k not in NOT_IN_RECIPE}
@@ -101,8 +101,3 @@ def _find(
                 "it trained anew."
             )
     return ControlRun(name, here, finished, argv)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the training in a run folder came to its end and saved all."""
-    return bool(read_json(folder / RUN_FILE).get("finished")) and (folder / ADAPTER_FILE).is_file()

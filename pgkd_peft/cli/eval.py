@@ -24,7 +24,7 @@ from ..run.folder import (
     TOKENIZER_CONFIG,
     TRAINED_FILE,
 )
-from ..run.place import check_writable
+from ..run.place import check_writable, writing
 from .arguments import Parser, column_templates, read_recipe, subject
 from .judge import add_groups, add_nats, choose_scorer
 from .results import (
@@ -217,10 +217,11 @@ def run_eval(adapter: str, args: EvalArguments) -> int:
     told = {"scorer": args.scorer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "adapter": adapter}
     if len(rows) < all_rows:
         told["limit"] = len(rows)
-    written = write_results(result, out, told)
-    if written == out:
-        update_card(run.folder / CARD_FILE, result, told)
-    else:
+    with writing(out, "--out"):
+        written = write_results(result, out, told)
+        if written == out:
+            update_card(run.folder / CARD_FILE, result, told)
+    if written != out:
         console.print(f"{out} holds the results of all rows and stays as it is, as does the model card.")
     out = written
     console.print(f"Results: {out}; every answer: {answers_file(out)}")

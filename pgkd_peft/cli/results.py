@@ -166,10 +166,10 @@ def update_card(path: Path, result: Evaluation, settings: Mapping[str, Any]) -> 
             )
     if "drift" in summary:
         lines += ["", f"Drift on neutral prompts: {summary['drift']:.4f} nats/token KL(base || student)."]
-    card = path.read_text(encoding="utf-8")
+    card = path.read_text(encoding="utf-8", errors="replace")
     before, found, after = card.partition(title + "\n")
     rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
-    path.write_text(f"{before.rstrip()}\n\n" + "\n".join(lines) + "\n" + rest, encoding="utf-8")
+    write_whole(path, f"{before.rstrip()}\n\n" + "\n".join(lines) + "\n" + rest)
 
 
 def write_results(result: Evaluation, path: Path, settings: Mapping[str, Any]) -> Path:

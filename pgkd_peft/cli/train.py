@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import logging
 import shlex
 import sys
@@ -16,10 +15,10 @@ from ..data.holdout import hold_out, write_rows, write_trained
 from ..data.load import give_privileged
 from ..data.named import data_path, load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
-from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at
+from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at, is_saved
 from ..run.console import fitted
-from ..run.folder import ADAPTER_FILE, CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
-from ..run.jsonl import read_json
+from ..run.folder import CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
+from ..run.jsonl import read_json, read_run, write_whole
 from ..run.place import locked
 from .arguments import (
     DataArguments,
@@ -62,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
     if config.load_best_model_at_end and best is not None:
         print(f"\nBest checkpoint: {Path(best).name}, {config.metric_for_best_model} {trainer.state.best_metric:.4g}")
     if held_out is not None and data.control is None:
-        judge(trainer, held_out, data)
+        with explain_full_disk(folder):
+            judge(trainer, held_out, data)
     print(fitted(f"\nThe adapter, its model card, run.json and the logs are in {folder}", sys.stdout))
     if data.control is not None:
         run = shlex.quote(str(Path(folder).parent.parent))
@@ -147,9 +147,14 @@ def _run(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RunFinished:
-        if is_saved(folder, Path(str(checkpoint))):
+        if is_saved(folder):
             raise
         logger.warning("All steps were trained, but the adapter was not saved; that is done now.")
+        from ..model.adapters import load_adapter
+
+        best = trainer.state.best_model_checkpoint
+        if config.load_best_model_at_end and best is not None:
+            load_adapter(trainer.model, folder / Path(best).name)
         begin()
     trainer.run_info.finished = True
     trainer.save_model()
@@ -161,14 +166,6 @@ def _run(
     return trainer, held_out
 
 
-def is_saved(folder: Path, checkpoint: Path) -> bool:
-    """Whether the adapter of a run that has trained all its steps is in its folder as well."""
-    last = folder / ADAPTER_FILE
-    if not last.is_file():
-        return False
-    return bool(read_json(folder / RUN_FILE).get("finished")) or filecmp.cmp(last, checkpoint / ADAPTER_FILE, False)
-
-
 def stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, config: PrivilegedGKDConfig) -> None:
     """Say so before data and model are loaded, where that is sure: the same base, and the adapter is there.
 
@@ -176,11 +173,7 @@ def stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, confi
         RunFinished: the run is at its end.
     """
     info = read_json(folder / RUN_FILE)
-    if (
-        info.get("finished")
-        and info.get("base_model") == model.model_name_or_path
-        and (folder / ADAPTER_FILE).is_file()
-    ):
+    if is_saved(folder) and info.get("base_model") == model.model_name_or_path:
         done = finished_at(folder, checkpoint, config)
         if done is not None:
             raise RunFinished(done)
@@ -188,8 +181,9 @@ def stop_if_finished(folder: Path, checkpoint: str, model: ModelArguments, confi
 
 def choose_as_before(config: PrivilegedGKDConfig, folder: Path) -> None:
     """A run that goes on keeps what was chosen for it when it began."""
-    for name, choice in read_json(folder / RUN_FILE).get("automatic", {}).items():
-        if name in PrivilegedGKDConfig.__dataclass_fields__ and config.is_open(name):
+    for name, choice in read_run(folder / RUN_FILE).get("automatic", {}).items():
+        is_choice = isinstance(choice, dict) and {"value", "reason"} <= choice.keys()
+        if name in PrivilegedGKDConfig.__dataclass_fields__ and is_choice and config.is_open(name):
             config.choose(name, choice["value"], choice["reason"])
             config.given = config.given | {name}
 
@@ -331,8 +325,7 @@ def write_recipe(path: Path, told: Mapping[str, Any]) -> None:
 
     recipe = {key: value for key, value in told.items() if key not in NOT_IN_RECIPE}
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("#!/usr/bin/env -S pgkd train --config\n# What the run in this folder was told.\n" + text, "utf-8")
+    write_whole(path, "#!/usr/bin/env -S pgkd train --config\n# What the run in this folder was told.\n" + text)
 
 
 def recipe_folder(adapter: Path) -> Path | None:
@@ -347,10 +340,10 @@ def mark_card(path: Path, control: str) -> None:
         return
     from ..evaluation.controls import CONTROLS
 
-    card = path.read_text(encoding="utf-8")
+    card = path.read_text(encoding="utf-8", errors="replace")
     head, found, rest = card.partition("\n# ")
     title, _, body = rest.partition("\n")
     note = (
         f"**This is the control `{control}` ({CONTROLS[control]}) of a run, trained to compare with, not to be used.**"
     )
-    path.write_text(f"{head}{found}{title}\n\n{note}\n{body}" if found else f"{note}\n\n{card}", encoding="utf-8")
+    write_whole(path, f"{head}{found}{title}\n\n{note}\n{body}" if found else f"{note}\n\n{card}")

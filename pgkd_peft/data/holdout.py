@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
+from ..run.jsonl import write_whole
 from .contexts import privileged_as_text
 from .row import ParsedRow, parse_row
 
@@ -149,19 +151,21 @@ def digests(rows: Iterable[Any], privileged_key: str) -> list[str]:
 
 def write_trained(path: Path, rows: Iterable[Any], privileged_key: str) -> None:
     """The prompts that were trained on, one digest a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{digest}\n" for digest in dict.fromkeys(digests(rows, privileged_key))), "utf-8")
+    write_whole(path, "".join(f"{digest}\n" for digest in dict.fromkeys(digests(rows, privileged_key))))
 
 
 def trained_on(path: Path, rows: Iterable[Any], privileged_key: str) -> int | None:
-    """How many of `rows` have a prompt that was trained on; None where the run did not write down which were."""
-    if not path.is_file():
+    """How many of `rows` have a prompt that was trained on; None where the run did not write down which were, or
+    what it wrote is damaged."""
+    try:
+        known = set(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError):
         return None
-    known = set(path.read_text(encoding="utf-8").split())
+    if not all(re.fullmatch(r"[0-9a-f]{16}", digest) for digest in known):
+        return None  # damaged
     return sum(digest in known for digest in digests(rows, privileged_key))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows as JSON lines, as they are; what is no JSON as its text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), "utf-8")
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))

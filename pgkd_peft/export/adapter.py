@@ -18,8 +18,9 @@ from ..model.adapters import load_adapter, refuse_broken_numbers
 from ..model.cpu import guard_cpu_linear4bit
 from ..model.frozen import FrozenCheck
 from ..model.load import bnb_config, load_base, tensor_shapes
-from ..model.lora import BASE_CHANGING_INITS
+from ..model.lora import BASE_CHANGING_INITS, check_values
 from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, RESULTS_FILE, RUN_FILE, SUMMARY_FILE, find_in_run
+from ..run.jsonl import read_json
 
 ASSUMED_QUANTIZATION = "nf4"  # what training uses when nobody says otherwise
 
@@ -99,16 +100,19 @@ def read_run(
     _check_adapter_config(config, folder)
     tensor_shapes(folder / ADAPTER_FILE)  # whole, before anything is loaded
     refuse_broken_numbers(folder / ADAPTER_FILE)
-    run_folder, info = _find_json(folder, RUN_FILE)
+    path = find_in_run(folder, RUN_FILE)
+    info = read_object(path, "Copy that of a checkpoint of the run over it.") if path is not None else {}
+    run_folder = path.parent if path is not None else None
     for key, kind in INFO_TYPES.items():
         if info.get(key) is not None and not isinstance(info[key], kind):
             raise ModelError(
                 f"{run_folder}/{RUN_FILE} is damaged: {key} is {info[key]!r}, expected is a {kind.__name__}."
             )
     # Whatever is judged writes eval_results.json; the demo's own summary may be older than the last judgement.
-    _, results = _find_json(folder, RESULTS_FILE, SUMMARY_FILE)
+    found = next(filter(None, (find_in_run(folder, name) for name in (RESULTS_FILE, SUMMARY_FILE))), None)
+    results = read_json(found) if found is not None else {}  # a damaged one may be what is to be replaced
     base_name = base_model or config.get("base_model_name_or_path")
-    if not base_name:
+    if not base_name or not isinstance(base_name, str):
         raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Give --base-model.")
     base = find_base(base_name, revision=None if base_model else config.get("revision"))
 
@@ -224,6 +228,7 @@ def _download(repo: str, revision: str | None, what: str, patterns: list[str]) -
 def _check_adapter_config(config: dict[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} holds a {config.get('peft_type')} adapter; only LORA (DoRA, rsLoRA) can be merged")
+    check_values(config, str(folder / ADAPTER_CONFIG), trains=False)
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(BASE_CHANGING_INITS):
         raise ModelError(
@@ -236,12 +241,6 @@ def _check_adapter_config(config: dict[str, Any], folder: Path) -> None:
             f"{folder} was trained with layer_replication, whose doubled layers no file of the base has; it can be "
             "used through PEFT alone."
         )
-
-
-def _find_json(folder: Path, *names: str) -> tuple[Path | None, dict[str, Any]]:
-    """The first of `names` that the folder has, or the one above it when the folder is a checkpoint of a run."""
-    path = next(filter(None, (find_in_run(folder, name) for name in names)), None)
-    return (None, {}) if path is None else (path.parent, read_object(path))
 
 
 # ---- the model that was trained --------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from safetensors import safe_open
 
 from ..errors import ConfigError
 from ..model.load import load_base
+from ..run.checkpoint import publish as publish_folder
 from ..run.folder import ADAPTER_FILE, CARD_FILE
-from ..run.place import check_writable, make_readable
+from ..run.place import check_writable, make_readable, writing
 from . import card as publish
 from .adapter import AdapterRun, read_run, wrong_base
 from .merge_report import MergeReport, merged_card, recommend, survived
@@ -124,11 +125,13 @@ def merge_adapter(
     weights = MergedWeights(run, base=base, trust_remote_code=trust_remote_code)
     report.untied = weights.untied
     folder = target.with_name(target.name + ".partial")
-    survived = write_checkpoint(weights, folder, dtype, log=log)
+    with writing(target, "--out"):
+        survived = write_checkpoint(weights, folder, dtype, log=log)
     try:
         _enter_survived(report, *survived, log)
         if requantize is not None:
-            folder = _requantize(report, folder, requantize, force, trust_remote_code)
+            with writing(target, "--out"):
+                folder = _requantize(report, folder, requantize, force, trust_remote_code)
     except (VerificationError, ConfigError):
         shutil.rmtree(folder)  # refused for good: nothing there is worth keeping
         raise
@@ -146,11 +149,13 @@ def merge_adapter(
                 _measure_other(report, trained, folder, trust_remote_code, log)
         _judge(report, rows, tolerance, log)
     report.seconds = time.time() - started
-    (folder / CARD_FILE).write_text(merged_card(report, run), encoding="utf-8")
-    (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    with writing(target, "--out"):
+        (folder / CARD_FILE).write_text(merged_card(report, run), encoding="utf-8")
+        (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if report.passed is False:
         raise VerificationError(_failure(report, run, folder), report)
-    _publish(folder, target)
+    with writing(target, "--out"):
+        _publish(folder, target)
     log(f"Wrote {target}")
     if push_to_hub:
         log(f"Pushed to {publish.push(target, push_to_hub)}")
@@ -295,11 +300,10 @@ def _failure(report: MergeReport, run: AdapterRun, folder: Path) -> str:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Give the finished folder its name, and remove what else this merge left."""
-    for path in folder.glob("merge_state.*"):
-        path.unlink()
-    if target.exists():
-        shutil.rmtree(target)
+    """Give the finished folder its name, and remove what else this merge left; killed in between, the next call goes
+    on with it."""
     make_readable(folder)
-    folder.rename(target)
+    publish_folder(folder, target)
+    for path in target.glob("merge_state.*"):
+        path.unlink()
     shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)

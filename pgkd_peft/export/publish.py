@@ -17,7 +17,8 @@ from transformers import GgufConfig
 from ..errors import ConfigError, ModelError
 from ..run.card import is_hub_id
 from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE, CARD_FILE, TOKENIZER_FILE
-from ..run.place import check_writable, make_readable
+from ..run.jsonl import write_whole
+from ..run.place import check_writable, make_readable, writing
 from . import card as publish
 from .adapter import AdapterRun, check_base, load_trained, read_run, wrong_base
 from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
@@ -117,12 +118,14 @@ def export_adapter(
     report = ExportReport(out, format, identity or run.base.name, [], assumed=list(run.assumed))
     if format == "peft":
         assert identity is not None
-        _export_peft(run, target, identity)
+        with writing(target, "--out"):
+            _export_peft(run, target, identity)
         commands = after_peft(target, identity, run)
     else:
         weights = MergedWeights(run, base=base, trust_remote_code=trust_remote_code)
         if format == "gguf-lora":
-            summary = write_gguf_lora(weights, target, name=_own_name(report.base_model, run))
+            with writing(target, "--out"):
+                summary = write_gguf_lora(weights, target, name=_own_name(report.base_model, run))
             log(
                 f"Fits a GGUF of {report.base_model}. It was trained on that base in {run.quantization}; on another "
                 "quantization of it the answers differ a little."
@@ -181,33 +184,37 @@ def _write_modelfile(weights: MergedWeights, target: Path, trust_remote_code: bo
     text, missing = modelfile(
         target.name, read_tokenizer(weights.run, trust_remote_code=trust_remote_code), weights.run.base
     )
-    path.write_text(text, encoding="utf-8")
-    make_readable(path)
+    with writing(path, "--out"):
+        write_whole(path, text)
+        make_readable(path)
     log(f"Wrote {path}, for Ollama" + "".join(f"; {sentence}" for sentence in missing))
     return path
 
 
 def _export_peft(run: AdapterRun, target: Path, identity: str) -> None:
     """Adapter, config, tokenizer and card in a new directory; nothing in it knows this machine."""
-    staging = target.with_name(target.name + ".partial")
+    staging = target.with_name(f".saving-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    tensors = load_file(run.folder / ADAPTER_FILE)
-    save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
-    config = {**run.adapter_config, "base_model_name_or_path": identity, "inference_mode": True}
-    if identity != run.base_name:
-        config["revision"] = None  # it was that of another source
-    (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    copy_tokenizer(run, staging)
-    (staging / CARD_FILE).write_text(publish.adapter_card(run, identity), encoding="utf-8")
-    saved = load_file(staging / ADAPTER_FILE)
-    assert saved.keys() == tensors.keys()
-    assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
-    for path in staging.glob("*.json"):
-        _refuse_local_paths(json.loads(path.read_text(encoding="utf-8")), path)
-    if target.exists():
-        target.rmdir()
-    staging.rename(target)
+    try:
+        staging.mkdir(parents=True)
+        tensors = load_file(run.folder / ADAPTER_FILE)
+        save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
+        config = {**run.adapter_config, "base_model_name_or_path": identity, "inference_mode": True}
+        if identity != run.base_name:
+            config["revision"] = None  # it was that of another source
+        (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        copy_tokenizer(run, staging)
+        (staging / CARD_FILE).write_text(publish.adapter_card(run, identity), encoding="utf-8")
+        saved = load_file(staging / ADAPTER_FILE)
+        assert saved.keys() == tensors.keys()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
+        for path in staging.glob("*.json"):
+            _refuse_local_paths(json.loads(path.read_text(encoding="utf-8")), path)
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _refuse_local_paths(content: Any, path: Path, key: str = "") -> None:
@@ -238,10 +245,11 @@ def _export_gguf(
     unverified = target.with_suffix(".unverified.gguf")
     unverified.unlink(missing_ok=True)
     name = _own_name(report.base_model, run)
-    if gguf_type in K_QUANTS:
-        summary = _quantized(weights, tokenizer, unverified, gguf_type, name, log)
-    else:
-        summary = write_gguf_model(weights, tokenizer, unverified, gguf_type, name=name, log=log)
+    with writing(target, "--out"):
+        if gguf_type in K_QUANTS:
+            summary = _quantized(weights, tokenizer, unverified, gguf_type, name, log)
+        else:
+            summary = write_gguf_model(weights, tokenizer, unverified, gguf_type, name=name, log=log)
     if prompts is not None:
         with TrainedModel(run, tokenizer, prompts, score=score, trust_remote_code=trust_remote_code) as trained:
             # With our own config: Transformers reads no head size and no scaled rotary frequencies from GGUF.

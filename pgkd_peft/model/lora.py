@@ -40,16 +40,13 @@ def check_lora(config: PeftConfig | Mapping[str, Any], source: str = "the LoRA s
     task = settings.get("task_type")
     if task is not None and str(getattr(task, "value", task)) != "CAUSAL_LM":
         raise ConfigError(f"{source}: task_type is {task!s}; only CAUSAL_LM writes text. Remove it (lora_task_type).")
-    _check_numbers(settings, source)
+    check_values(settings, source)
     if settings.get("bias") not in (None, "none"):
         raise ConfigError(
             f"{source}: bias={settings['bias']!r} trains biases of the base itself, which is the teacher and must stay "
             "as it is. Use bias='none' (lora_bias=True gives the adapter biases of its own)."
         )
     trained = ("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices")
-    targets = settings.get("target_modules")
-    if targets is not None and not isinstance(targets, (str, list, tuple, set)):
-        raise ConfigError(f"{source}: target_modules is {targets!r}; it must be a list of names, or one text.")
     if settings.get("target_modules") is not None and not any(settings.get(name) for name in trained):
         raise ConfigError(f"{source}: target_modules is empty, so nothing would train. Name modules, or 'all-linear'.")
     init = settings.get("init_lora_weights", True)
@@ -66,7 +63,15 @@ def check_lora(config: PeftConfig | Mapping[str, Any], source: str = "the LoRA s
         )
 
 
-def _check_numbers(settings: Mapping[str, Any], source: str) -> None:
+def check_values(settings: Mapping[str, Any], source: str, *, trains: bool = True) -> None:
+    """Raises ConfigError for numbers, patterns and names that no LoRA can have; one that is only to be used may scale
+    its product by 0."""
+    targets = settings.get("target_modules")
+    if targets is not None and not isinstance(targets, (str, list, tuple, set)):
+        raise ConfigError(f"{source}: target_modules is {targets!r}; it must be a list of names, or one text.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(name) or {}, Mapping):
+            raise ConfigError(f"{source}: {name} is {settings[name]!r}; it must map module names to numbers.")
     ranks = {"r": settings.get("r", 8), **{f"rank_pattern[{k}]": v for k, v in _mapping(settings, "rank_pattern")}}
     alphas = {"lora_alpha": settings.get("lora_alpha", 8)}
     alphas |= {f"alpha_pattern[{k}]": v for k, v in _mapping(settings, "alpha_pattern")}
@@ -74,7 +79,8 @@ def _check_numbers(settings: Mapping[str, Any], source: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{source}: {_flag(name)} is {value!r}; it must be a whole number, 1 or more.")
     for name, value in alphas.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        if not is_number or (trains and value == 0):
             raise ConfigError(f"{source}: {name} is {value!r}; it must be a number, more than 0.")
     dropout = settings.get("lora_dropout", 0.0)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:

@@ -9,7 +9,6 @@ the last log. Rollouts and the draws of ``lmbda`` are seeded by the step, so not
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -20,12 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ..errors import CheckpointError, ConfigError, ModelError, read_object, reason
 from .folder import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
+    BAKE_FILE,
     CHAT_TEMPLATES,
     COMPLETIONS_FILE,
     MANIFEST,
@@ -37,6 +35,7 @@ from .folder import (
     is_run_file,
 )
 from .jsonl import read_json, write_json
+from .place import DISK, is_about_writing
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +108,12 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / STATE_FILE} is damaged: {error}") from error
 
 
+def is_saved(run_dir: str | os.PathLike) -> bool:
+    """Whether a training came to its end and all of it is in the run folder; ``run.json`` is written last."""
+    folder = Path(run_dir)
+    return bool(read_json(folder / RUN_FILE).get("finished")) and (folder / ADAPTER_FILE).is_file()
+
+
 def finished_at(run_dir: str | os.PathLike, checkpoint: str | os.PathLike, args: Any) -> str | None:
     """Why a run that is to go on from `checkpoint` has come to its end already, as a sentence; None when it has not.
 
@@ -168,9 +173,24 @@ def check_run_folder(
             f"output_dir {str(folder)!r} holds a run already ({', '.join(old)}). Use {go_on}--overwrite to delete it, "
             "or another --output_dir."
         )
+    if not old and not overwrite:
+        refuse_foreign(folder)
     if overwrite and clear:
         clear_run_folder(folder)
     return None
+
+
+def refuse_foreign(output_dir: str | os.PathLike) -> None:
+    """Raises ConfigError for a folder with files that a run would write over (a README.md, a model's tokenizer), but
+    which no run has written."""
+    folder = Path(output_dir)
+    ours = any((folder / name).is_file() for name in (RUN_FILE, BAKE_FILE))
+    found = sorted(p.name for p in folder.iterdir() if is_run_file(p.name)) if folder.is_dir() and not ours else []
+    if found:
+        raise ConfigError(
+            f"output_dir {str(folder)!r} holds {', '.join(found)}, which a run would write over, but no {RUN_FILE}: it "
+            "is no run's. Use another --output_dir, or --overwrite to have that deleted."
+        )
 
 
 def clear_run_folder(output_dir: str | os.PathLike) -> None:
@@ -245,7 +265,8 @@ def rotate(run_dir: Path, limit: int | None, keep: set[str]) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: str | os.PathLike) -> Iterator[str]:
-    """A folder to write files to, which then replace those of `folder` one by one, each of them whole.
+    """A folder to write files to, which then replace those of `folder` one by one, each of them whole; ``run.json``,
+    which says that a run is finished, comes last.
 
     Raises:
         CheckpointError: they cannot be written.
@@ -256,7 +277,7 @@ def replacing(folder: str | os.PathLike) -> Iterator[str]:
     try:
         staged.mkdir(parents=True)
         yield str(staged)
-        for path in staged.iterdir():
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == RUN_FILE):
             _sync(path)
             if path.is_dir():  # of chat templates; a folder with something in it is not replaced
                 shutil.rmtree(target / path.name, ignore_errors=True)
@@ -288,16 +309,9 @@ def explain_full_disk(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        if error.errno not in DISK:
             raise
         raise CheckpointError(cannot_write(folder, error)) from error
-
-
-def is_about_writing(error: Exception) -> bool:
-    """Each library has its own way to say that a file cannot be written; tokenizers raises a bare Exception."""
-    return isinstance(error, (OSError, SafetensorError)) or any(
-        text in str(error) for text in ("os error", "PytorchStreamWriter", "No space left", "unexpected pos")
-    )
 
 
 def cannot_write(folder: str | os.PathLike, error: BaseException) -> str:

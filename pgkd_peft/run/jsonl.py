@@ -60,6 +60,25 @@ def read_run(path: Path) -> dict[str, Any]:
     return {key: value for key, value in run.items() if key not in _SECTIONS or isinstance(value, dict)}
 
 
+def read_coverage(path: Path) -> dict[str, Any]:
+    """``coverage.json`` for views: {} where it is not as a bake writes it (the file was edited, or damaged)."""
+    found = read_json(path)
+    parts = (found.get("passages"), found.get("rules") or [])
+    return found if all(isinstance(part, list) and all(map(_is_passage, part)) for part in parts) else {}
+
+
+def _is_passage(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    headings, questions = value.get("headings"), value.get("questions")
+    if not isinstance(headings, list) or not isinstance(questions, list):
+        return False
+    if not all(isinstance(question, dict) for question in questions):
+        return False
+    said = [question.get(name) for question in questions for name in ("question", "base", "teacher", "student")]
+    return all(isinstance(text, str) for text in (value.get("source"), value.get("text"), *headings, *said))
+
+
 def drop_after(path: str | os.PathLike, step: int) -> None:
     """Keep the records up to `step`: a resumed run will write the later ones again. Nothing happens without a file."""
     path = Path(path)
@@ -79,8 +98,11 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode("utf-8", "replace"))
-    partial.replace(path)
+    try:
+        partial.write_bytes(text.encode("utf-8", "replace"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a full disk
 
 
 def as_line(record: Mapping[str, Any]) -> str:

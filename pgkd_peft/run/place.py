@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors import SafetensorError
 
-from ..errors import ConfigError, reason
+from ..errors import ConfigError, PGKDError, reason
 
 LOCK_FILE = ".lock"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def check_writable(path: str | os.PathLike, flag: str, *, file: bool = False) -> None:
@@ -33,7 +36,13 @@ def check_writable(path: str | os.PathLike, flag: str, *, file: bool = False) ->
     place = Path(path).absolute()
     if file and place.is_dir():
         raise ConfigError(f"{flag} {str(path)!r} is a folder; give a file.")
+    if file and place.exists() and not place.is_file():  # /dev/null would be replaced
+        raise ConfigError(f"{flag} {str(path)!r} is a device or a pipe; give a file.")
     while not place.is_dir():
+        if place.is_symlink() and not place.exists():
+            raise ConfigError(
+                f"{flag} {str(path)!r} cannot be written: {place} is a link to nothing. Give another place."
+            )
         if place.exists() and not (file and place == Path(path).absolute()):
             raise ConfigError(f"{flag} {str(path)!r} cannot be written: {place} is a file. Give another place.")
         place = place.parent
@@ -43,6 +52,36 @@ def check_writable(path: str | os.PathLike, flag: str, *, file: bool = False) ->
     except OSError as error:
         raise ConfigError(
             f"{flag} {str(path)!r} cannot be written: {place}: {error.strerror or reason(error)}. Give another place."
+        ) from error
+
+
+def is_about_writing(error: BaseException) -> bool:
+    """Each library has its own way to say that a file cannot be written: tokenizers raises a bare Exception, NumPy an
+    OSError without a number. (A reader of our output that has gone is none of them.)"""
+    if isinstance(error, BrokenPipeError):
+        return False
+    return isinstance(error, (OSError, SafetensorError)) or any(
+        text in str(error) for text in ("os error", "PytorchStreamWriter", "No space left", "unexpected pos")
+    )
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, flag: str) -> Iterator[None]:
+    """Around what writes a result: a disk that is full or goes away becomes an error that names the place.
+
+    Args:
+        flag: the flag or setting that names the place.
+
+    Raises:
+        ConfigError: names both, and what the operating system says.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PGKDError) or not is_about_writing(error):
+            raise
+        raise ConfigError(
+            f"{flag} {str(path)!r} cannot be written ({reason(error)}). Free some space, or give another place."
         ) from error
 
 
@@ -69,9 +108,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         return
     check_writable(folder, "output_dir")
     new = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _take(path, me)
     try:
+        with writing(folder, "output_dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        _take(path, me)
         yield
     finally:
         if _read(path) == me:
@@ -84,7 +124,11 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 def _take(path: Path, me: dict[str, Any]) -> None:
     """Make the lock file, in one step for whoever looks; over one that is stale, but never over a live one."""
     own = path.with_name(f"{LOCK_FILE}-{me['host']}-{me['pid']}")
-    own.write_text(json.dumps(me) + "\n", encoding="utf-8")
+    try:
+        own.write_text(json.dumps(me) + "\n", encoding="utf-8")
+    except OSError:  # a full disk
+        own.unlink(missing_ok=True)
+        raise
     try:
         for _ in range(2):
             with contextlib.suppress(FileExistsError):

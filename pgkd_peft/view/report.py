@@ -20,8 +20,8 @@ from ..run.folder import (
     SUMMARY_FILE,
     TRACE_FILE,
 )
-from ..run.jsonl import is_number, read_json, read_lines, read_run
-from ..run.place import check_writable
+from ..run.jsonl import is_number, read_coverage, read_json, read_lines, read_run, write_whole
+from ..run.place import check_writable, writing
 from .report_coverage import coverage_section
 from .report_page import render
 from .report_runs import render_runs
@@ -50,8 +50,8 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         page = overlay(run_dir)
     out = Path(out) if out is not None else run_dir / REPORT_FILE
     check_writable(out, "--out", file=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8", errors="replace")
+    with writing(out, "--out"):
+        write_whole(out, page)
     return out
 
 
@@ -97,7 +97,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "traces": choose_traces(traces),
         "final": choose_traces(read_lines(run_dir / FINAL_TRACE_FILE)),
         "answers": read_answers(run_dir),
-        "coverage": read_json(run_dir / COVERAGE_FILE),
+        "coverage": read_coverage(run_dir / COVERAGE_FILE),
     }
 
 

@@ -55,7 +55,8 @@ def _is_part(name: str) -> bool:
 def _record(path: Path, root: Path) -> dict[str, Any]:
     run, results = read_run(path), read_json(path.parent / RESULTS_FILE)
     logged = [line["divergence"] for line in read_lines(path.parent / METRICS_FILE) if "divergence" in line]
-    columns = results.get("columns") or {}
+    columns = results.get("columns")
+    student = columns.get("student") if isinstance(columns, dict) else None
     settings = {key: value for key, value in (run.get("config") or {}).items() if key not in _NOT_SETTINGS}
     settings["base_model"] = Path(str(run.get("base_model"))).name
     return {
@@ -63,16 +64,25 @@ def _record(path: Path, root: Path) -> dict[str, Any]:
         "folder": str(path.parent),
         "finished": bool(run.get("finished")),
         "settings": settings,
-        "score": (columns.get("student") or {}).get("score"),
-        "recovered": results.get("recovered"),
-        "interval": results.get("recovered_interval"),
-        "recovered_nats": results.get("recovered_nats"),
-        "nats_interval": results.get("recovered_nats_interval"),
-        "drift": results.get("drift"),
-        "divergence": logged[-1] if logged else None,
-        "steps": run.get("steps"),
-        "seconds": run.get("seconds"),
+        "score": _number(student.get("score")) if isinstance(student, dict) else None,
+        "recovered": _number(results.get("recovered")),
+        "interval": _interval(results.get("recovered_interval")),
+        "recovered_nats": _number(results.get("recovered_nats")),
+        "nats_interval": _interval(results.get("recovered_nats_interval")),
+        "drift": _number(results.get("drift")),
+        "divergence": _number(logged[-1]) if logged else None,
+        "steps": _number(run.get("steps")),
+        "seconds": _number(run.get("seconds")),
     }
+
+
+def _number(value: Any) -> float | None:
+    """A result as it should be; None for what else an edited or damaged file holds."""
+    return value if is_number(value) else None
+
+
+def _interval(value: Any) -> list[float] | None:
+    return value if isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) else None
 
 
 def differing(runs: Sequence[dict[str, Any]]) -> list[str]:
