@@ -1005,11 +1005,11 @@ def test_more_goes_on_from_the_newest_and_stops_where_a_bake_does(base, server, 
 
     def train(*args):
         learnt = load_file(run / "adapter_model.safetensors")
-        starts_with = get_peft_model_state_dict(args[3])
+        starts_with = get_peft_model_state_dict(args[4])
         assert learnt.keys() == starts_with.keys()
         assert all(torch.equal(learnt[name], starts_with[name]) for name in learnt)
         trained.append(args)
-        finish(args[4])
+        finish(args[0].folder)
 
     monkeypatch.setattr(command, "train_and_judge", train)
     assert cli.main([*argv, "--more", "--dry_run", "--requests", str(own)]) == 0
@@ -1020,12 +1020,12 @@ def test_more_goes_on_from_the_newest_and_stops_where_a_bake_does(base, server, 
     assert cli.main([*argv, "--more"]) == 2  # --requests is missing
     assert cli.main([*argv, "--more", "--requests", str(own)]) == 0
     assert cli.main([*argv, "--more"]) == 0
-    assert [args[4] for args in trained] == [run / "more", run / "more-2"]
+    assert [args[0].folder for args in trained] == [run / "more", run / "more-2"]
     for args, adapter in zip(trained, (run, run / "more")):
-        at = len(args[0]) - 1 - args[0][::-1].index("--model_name_or_path")
-        assert args[0][at + 1] == str(adapter)
-        assert "--lora_target_modules" not in args[0]
-    assert own.read_text().strip() in [q.question for q in trained[1][2][0]]
+        at = len(args[1]) - 1 - args[1][::-1].index("--model_name_or_path")
+        assert args[1][at + 1] == str(adapter)
+        assert "--lora_target_modules" not in args[1]
+    assert own.read_text().strip() in [q.question for q in trained[1][2]]
     assert "--lora_target_modules: left aside" in " ".join(capsys.readouterr().out.split())
     document.write_text(DOCUMENT + "\nOne more sentence about the harbour.\n")
     assert cli.main([*argv, "--more"]) == 2

@@ -181,6 +181,23 @@ def test_the_table_of_runs_shows_every_column(runs, width):
     assert ("what differs" in heading) == (width >= 110)
 
 
+def test_many_long_settings_stay_readable_on_a_narrow_terminal(runs):
+    found = find_runs(runs)
+    for i, run in enumerate(found):
+        run["settings"] |= {"privileged_template": f"Text:\n\n{i} {{privileged}}", "gradient_checkpointing": bool(i)}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(found, 80))
+    shown = console.file.getvalue()
+    assert "privileged_template=Text: 0 {privileged}" in " ".join(shown.split())
+    assert "gradient_checkpointing=True" in shown  # not in pieces
+    assert len(shown.splitlines()) < 20
+
+
+def test_how_a_run_was_watched_is_no_difference(runs):
+    found = find_runs(runs)
+    assert not {"logging_steps", "save_steps", "rollout_log_steps"} & set(found[0]["settings"])
+
+
 def test_no_runs_and_no_such_column(runs, tmp_path, capsys):
     assert cli.main(["runs", str(tmp_path)]) == 2
     assert "no run was found" in capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +17,11 @@ from tiny import ROWS, TINY_RUN, save_tiny
 
 import pgkd_peft
 from pgkd_peft import cli
-from pgkd_peft.cli.arguments import Parser, lora_config, parse_train
+from pgkd_peft.cli.arguments import TRAIN_ARGUMENTS, Parser, lora_config, parse_train
 from pgkd_peft.cli.eval import EvalArguments
 from pgkd_peft.cli.recipes import purpose, recipes
 from pgkd_peft.errors import ConfigError
+from pgkd_peft.trl_compat import HARMLESS, REFUSED
 
 REPO = Path(pgkd_peft.__file__).parent.parent
 
@@ -84,6 +87,11 @@ def test_python_m_is_the_same_command():
     assert result.returncode == 2
     assert result.stderr == "pgkd: unknown command 'trian'; did you mean train? `pgkd --help` lists them.\n"
     assert result.stdout == ""
+
+
+def test_an_unknown_command_like_none_is_told_so(capsys):
+    assert cli.main(["xyzzy"]) == 2
+    assert capsys.readouterr().err == "pgkd: unknown command 'xyzzy'. `pgkd --help` lists them.\n"
 
 
 def test_every_command_that_is_listed_exists(capsys):
@@ -524,3 +532,52 @@ def test_demo_end_to_end_on_a_tiny_model(tmp_path, llama_path, capsys):
 def test_demo_refuses(flags, tmp_path, capsys):
     assert cli.main(["demo", "--output_dir", str(tmp_path / "d"), *flags]) == 2
     assert capsys.readouterr().err.startswith("pgkd: ")
+
+
+# ---- help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def read(command):
+        assert cli.main([command, "--help"] if command else ["--help"]) == 0
+        return capsys.readouterr().out
+
+    return read
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_into_80_columns_and_says_things_once(help_of, command):
+    shown = help_of(command)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "default: None" not in shown
+    for flag in re.findall(r"^  (--\w[\w-]*)", shown, flags=re.M):
+        twin = flag.replace("_", "-") if "_" in flag else f"--{flag[2:].replace('-', '_')}"
+        assert twin == flag or not re.search(rf"(?<![\w-]){twin}(?![\w-])", shown), twin
+
+
+def test_help_of_train_begins_with_what_a_first_run_needs(help_of):
+    shown = help_of("train")
+    first, _, rest = shown.partition("\nmethod:\n")
+    for flag in ("--model_name_or_path", "--dataset_name", "--output_dir", "--max_steps", "--learning_rate"):
+        assert f"  {flag} " in first
+        assert f"  {flag} " not in rest
+    assert "2e-05" not in shown  # that of full fine-tuning, which a run without a rate does not take
+    assert "--gap_filter, --no_gap_filter" in help_of("bake")
+    assert "beta 0.0" in help_of("bake")  # what a bake sets otherwise than `pgkd train`
+
+
+def test_help_of_train_lists_what_can_be_set_and_nothing_else(help_of):
+    listed = set(re.findall(r"^  --(\w+)", help_of("train"), flags=re.M))
+    fields = {field.name for kind in TRAIN_ARGUMENTS for field in dataclasses.fields(kind) if field.init}
+    assert listed - {"config"} == fields - set(HARMLESS) - set(REFUSED)
+
+
+def test_help_says_which_settings_are_chosen(help_of):
+    sources = [Path(pgkd_peft.__file__).parent / name for name in ("automatic.py", "cli/train.py")]
+    chosen = {name for path in sources for name in re.findall(r'\.choose\(\s*"(\w+)"', path.read_text())}
+    assert len(chosen) > 8
+    told = re.findall(r"^  --(\w+)(?:(?!^  --).)*?Default:", help_of("train"), flags=re.M | re.S)
+    assert chosen - set(told) <= {"max_privileged_length"}  # 512, and more only where the PI is longer

@@ -302,3 +302,8 @@ def test_perplexity_is_that_of_windows_with_context():
     assert perplexity(model, ids, window=16, stride=6) == pytest.approx(math.exp(nll / 39), rel=1e-6)
     with pytest.raises(ValueError, match="two tokens"):
         perplexity(model, ids[:1])
+
+
+def test_one_group_says_nothing_of_others():
+    assert bootstrap_recovered([0.0, 0.0], [1.0, 1.0], [0.5, 0.5], groups=["a", "a"]) is None
+    assert bootstrap_recovered([0.0, 0.0], [1.0, 1.0], [0.5, 0.5]) is not None

@@ -218,7 +218,7 @@ def test_the_next_line_works_where_nothing_is_held_out_and_nothing_scores(run, t
     flags = ["--config", str(run / "recipe.yaml"), "--dataset_name", str(tmp_path / "few.jsonl")]
     assert pgkd(["train", *flags, "--output_dir", str(folder), "--lmbda", "1.0"]) == 0
     said = capsys.readouterr().out
-    (command,) = re.findall(r"Next: pgkd (eval .*)", said)
+    (command,) = re.findall(r"^  pgkd (eval .*?)   #", said.partition("Next:\n")[2], flags=re.M)
     import shlex
 
     assert pgkd(shlex.split(command)) == 0

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,8 @@ from ..data.named import model_name, model_path
 from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
 from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
+from ..trl_compat import HARMLESS, REFUSED
+from .help import HelpFormatter
 from .trl_names import translate_flags, translate_recipe
 
 
@@ -175,40 +178,107 @@ class ModelArguments(ModelConfig):
             self.lora_target_modules = [self.lora_target_modules]
 
 
+# What a first run is told, in this order; inherited settings in our words, where TRL's do not say what happens here;
+# and what nobody needs to give.
+FIRST = (
+    "help",
+    "config",
+    "model_name_or_path",
+    "dataset_name",
+    "output_dir",
+    "max_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "max_new_tokens",
+    "lmbda",
+    "beta",
+    "resume",
+    "overwrite",
+)
+HELP = {
+    "model_name_or_path": "The base: a folder, a Hub id or builtin:SmolLM2-135M-Instruct; or an adapter to train on.",
+    "output_dir": "The run folder: adapter, model card, logs and results. Default: trainer_output.",
+    "learning_rate": "Peak rate of AdamW.",
+    "max_steps": "Optimizer steps; wins over num_train_epochs (3).",
+    "per_device_train_batch_size": "Rows of a micro-batch, on each GPU.",
+    "gradient_accumulation_steps": "Micro-batches of an optimizer step.",
+    "max_length": "Most tokens of a conversation with its answer; a longer row is an error (see skip_long_prompts).",
+    "max_new_tokens": "Most tokens of an answer that is written.",
+    "lmbda": "Share of the steps that train on the student's own answers; the others take those of the data.",
+    "beta": "The divergence: 0 is forward KL(teacher || student), 1 reverse KL, between them Jensen-Shannon.",
+    "temperature": "Of sampling the student's answers.",
+    "seq_kd": "Where the data's answers would be taken, the teacher writes them, reading the PI.",
+    "teacher_model_name_or_path": "Another model as teacher, with share_student_as_teacher false.",
+}
+CHOSEN = {
+    "gradient_checkpointing",
+    "learning_rate",
+    "logging_steps",
+    "lr_scheduler_type",
+    "max_steps",
+    "normalize_beta",
+    "privileged_placement",
+    "rollout_log_steps",
+    "warmup_steps",
+}
+NEEDED = ("--model_name_or_path MODEL --dataset_name ROWS", "--output_dir DIR")
+_SENTENCE_ENDS = re.compile(r"(?<=[.)]) (?=[A-Z`])")
+
+
 class Parser(TrlParser):
     """TrlParser whose complaints are :class:`ConfigError`, with the nearest valid name."""
 
-    def __init__(self, dataclass_types: Iterable[type], prog: str, description: str | None = None):
-        usage = f"{prog} [--config RECIPE.yaml] [--FIELD VALUE ...]"
-        super().__init__(list(dataclass_types), prog=prog, usage=usage, description=description, allow_abbrev=False)
+    def __init__(
+        self,
+        dataclass_types: Iterable[type],
+        prog: str,
+        description: str | None = None,
+        *,
+        needed: Sequence[str] = (),
+        epilog: str | None = None,
+    ):
+        lines = [*needed, "[--config RECIPE.yaml] [--FIELD VALUE ...]"]
+        usage = f"{prog} " + ("\n" + " " * len(f"usage: {prog} ")).join(lines)
+        super().__init__(
+            list(dataclass_types), prog=prog, usage=usage, description=description, epilog=epilog, allow_abbrev=False
+        )
+        self.formatter_class = HelpFormatter
         self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file with any of these; flags override it.")
         if PrivilegedGKDConfig in self.dataclass_types:
             self._arrange_help()
         self.told: dict[str, Any] = {}
 
     def _arrange_help(self) -> None:
-        """In --help, what is this project's own stands before the 130 fields of TRL and Transformers."""
+        """In --help, what a first run needs stands first, then what is this project's own, then those fields of TRL
+        and Transformers that do something, with one sentence each."""
         own = {name for kind in self.dataclass_types for name in vars(kind).get("__annotations__", ())}
-        own |= {
-            "config",
-            "help",
-            "output_dir",
-            "learning_rate",
-            "lmbda",
-            "beta",
-            "temperature",
-            "max_new_tokens",
-            "seq_kd",
-            "eval_strategy",
-            "eval_steps",
-            "load_best_model_at_end",
-            "metric_for_best_model",
-        }
-        method = self._action_groups[1]  # where the fields of a dataclass without a group of its own go
-        method.title = "method"
-        inherited = self.add_argument_group("inherited from TRL's GKDConfig and SFTConfig, and from TrainingArguments")
-        inherited._group_actions = [action for action in method._group_actions if action.dest not in own]
-        method._group_actions = [action for action in method._group_actions if action.dest in own]
+        actions = [action for action in self._actions if action.dest not in HARMLESS and action.dest not in REFUSED]
+        for action in actions:
+            text = HELP.get(action.dest, action.help or "")
+            if action.dest not in own and action.dest not in HELP:
+                text = _SENTENCE_ENDS.split(text, 1)[0]
+            if action.dest in CHOSEN:
+                text += " Default: chosen from model and rows."
+            action.help = text
+        of_method = {action.dest for action in self._action_groups[1]._group_actions}  # fields without a group's name
+        for group in self._action_groups[2:]:
+            group._group_actions = [action for action in group._group_actions if action.dest not in FIRST]
+        begin = self._action_groups[1]
+        begin.title = "to begin with"
+        begin._group_actions = sorted(
+            (action for action in actions if action.dest in FIRST), key=lambda action: FIRST.index(action.dest)
+        )
+        method = self.add_argument_group("method")
+        inherited = self.add_argument_group(
+            "as in TRL and Transformers",
+            "Those of their settings that can do nothing here are not listed; setting one says why.",
+        )
+        rest = [action for action in actions if action.dest in of_method and action.dest not in FIRST]
+        method._group_actions = [action for action in rest if action.dest in own or action.dest in HELP]
+        inherited._group_actions = [action for action in rest if action not in method._group_actions]
+        self._action_groups.insert(2, self._action_groups.pop(self._action_groups.index(method)))
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -400,7 +470,7 @@ def parse_train(
     Raises:
         ConfigError: something is unknown, unfit, or missing.
     """
-    parser = Parser(TRAIN_ARGUMENTS, prog, description)
+    parser = Parser(TRAIN_ARGUMENTS, prog, description, needed=NEEDED)
     data, model, config = parser.parse(argv)
     data.told = parser.told
     config.given = parser.told

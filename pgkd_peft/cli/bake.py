@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 SYSTEM_PROMPT = "system prompt"  # the source of its passage
 DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
-sifted, an adapter is trained to answer them without the text, and what it took over is measured. Any setting of
-`pgkd train` can be given too."""
+sifted, an adapter is trained to answer them without the text, and what it took over is measured. All settings of
+`pgkd train` can be given too (`pgkd train --help`)."""
 
 # What the documents' template says: the base reads the text before the question, so equal texts are read once.
 DOCUMENT_TEMPLATE = "Text: {privileged}\n\nAnswer from the text. {question}"
@@ -78,7 +78,8 @@ class BakeArguments:
         default=None, metadata={"help": "Questions to write: a passage of a document (20), or a prompt in all (320)."}
     )
     anchors: int = field(
-        default=144, metadata={"help": "Everyday requests to write, on which the model is to stay as it is."}
+        default=144,
+        metadata={"help": "Everyday requests to write, some 48 at a time, on which the model is to stay as it is."},
     )
     minutes: float | None = field(default=None, metadata={"help": "Bound of the whole bake; it does what fits."})
     dry_run: bool = field(default=False, metadata={"help": "Stop at questions.jsonl, to read and edit it."})
@@ -122,6 +123,14 @@ class BakeArguments:
     def wanted(self) -> int:
         return self.questions if self.questions is not None else (320 if self.is_prompt else 20)
 
+    @property
+    def text_file(self) -> str | None:
+        """The file with all of the text, where it is one file of plain text."""
+        files = [self.system_prompt] if self.system_prompt is not None else self.document or []
+        if len(files) != 1 or not files[0].endswith((".md", ".txt")) or "\n" in files[0]:
+            return None
+        return files[0] if Path(files[0]).is_file() else None
+
 
 def main(argv: Sequence[str]) -> int:
     args, train_flags = parse(argv)
@@ -134,7 +143,14 @@ def parse(argv: Sequence[str]) -> tuple[BakeArguments, list[str]]:
     Raises:
         ConfigError: something is unknown, unfit or missing.
     """
-    parser = Parser([BakeArguments], "pgkd bake", DESCRIPTION)
+    own_values = ", ".join(f"{name} {value}" for name, value in SETTINGS.items())
+    parser = Parser(
+        [BakeArguments],
+        "pgkd bake",
+        DESCRIPTION,
+        needed=("--model_name_or_path MODEL --output_dir DIR", "(--document FILE ... | --system_prompt FILE)"),
+        epilog=f"Of the settings of `pgkd train` a bake has values of its own for: {own_values}.",
+    )
     if any(flag in ("-h", "--help") for flag in argv):
         parser.parse(["--help"])
     told = _told(argv)
@@ -260,7 +276,7 @@ def bake_all(
     if args.dry_run:
         job.console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
         return 0
-    train_and_judge(train_flags, passages, (questions, keeper), student, folder, state, budget, job.console)
+    train_and_judge(job, train_flags, questions, keeper, student)
     return 0
 
 
@@ -378,7 +394,8 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper, PeftModel]:
     collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, config, limit, embedding_rows(name, config))
     privileged = {passage.number: passage.privileged for passage in passages}
     check_texts(collator, passages, job.plan.requests)
-    console.print(f"{len(passages)} passages, {sum(word_count(p.text) for p in passages)} words", highlight=False)
+    words = sum(word_count(p.text) for p in passages)
+    console.print(f"{len(passages)} passage{'s'[: len(passages) != 1]}, {words} words", highlight=False)
     # A fresh LoRA adds nothing, so what the rollout engine writes with is the base: where a 16-bit copy fits, without
     # dequantizing every weight for every token.
     set_seed(config.seed)  # of the LoRA, as the trainer does it
@@ -511,7 +528,7 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
         return 0
     kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
     flags += ["--model_name_or_path", str(newest)]
-    train_and_judge(flags, passages, ([*kept, *questions], keeper), student, target, state, budget, console)
+    train_and_judge(job, flags, [*kept, *questions], keeper, student)
     return 0
 
 

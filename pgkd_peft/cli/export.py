@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError
+from .help import HelpFormatter
 
 if TYPE_CHECKING:
     from ..export.verify import Score
@@ -16,13 +17,16 @@ if TYPE_CHECKING:
 class CommandParser(argparse.ArgumentParser):
     """argparse without abbreviations, whose complaints are :class:`ConfigError`."""
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _parser(command: str, description: str, out_help: str) -> CommandParser:
     """What merge and export have in common."""
-    parser = CommandParser(prog=f"pgkd {command}", description=description, allow_abbrev=False)
+    parser = CommandParser(prog=f"pgkd {command}", description=description)
     parser.add_argument("adapter", metavar="ADAPTER", help="run folder, a checkpoint in it, or a Hub id")
     parser.add_argument("--out", required=True, help=out_help)
     parser.add_argument(
@@ -37,7 +41,9 @@ def _parser(command: str, description: str, out_help: str) -> CommandParser:
     parser.add_argument("--quantization", choices=["nf4", "int8", "none"], help="of the base in training, when unknown")
     parser.add_argument("--base-model", "--base_model", help="the base, when it is no longer where it was")
     parser.add_argument("--push-to-hub", "--push_to_hub", metavar="ID", help="upload the result to this repository")
-    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
+    parser.add_argument(
+        "--trust-remote-code", "--trust_remote_code", action="store_true", help="run code that comes with the base"
+    )
     parser.add_argument("--score-data", "--score_data", metavar="DATA", help="rows to score the models on, as well")
     parser.add_argument("--scorer", default="contains", help="for --score-data, as in pgkd eval (%(default)s)")
     return parser
@@ -49,7 +55,7 @@ def merge(argv: Sequence[str]) -> int:
         "merge",
         "Add an adapter to its base, write a plain 16-bit checkpoint, and measure that it is the model that was "
         "trained. Exit code 1 when it is not.",
-        "directory to make",
+        "folder to make",
     )
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of the result (%(default)s)")
     parser.add_argument("--compare", action="store_true", help="measure both bases and recommend one")
@@ -80,7 +86,7 @@ def export(argv: Sequence[str]) -> int:
         "export",
         "Write an adapter for others: cleaned for publication (peft), or for llama.cpp and Ollama (gguf-lora: the "
         "adapter alone, gguf: the merged model).",
-        "directory to make; for the GGUF formats a .gguf file",
+        "folder to make; for the GGUF formats a .gguf file",
     )
     parser.add_argument("--format", default="peft", choices=["peft", "gguf-lora", "gguf"], help="(%(default)s)")
     parser.add_argument(

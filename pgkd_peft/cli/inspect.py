@@ -21,14 +21,18 @@ from ..model.student import context_length, embedding_rows, find_tokenizer, hidd
 from ..view.inspect import inspect_rows, make_console
 from ..view.preflight import show_cost, show_effect
 
-HELP = """usage: pgkd inspect --config RECIPE.yaml [--rows N] [--preflight] [--no-color] [any flag of `pgkd train`]
+HELP = """usage: pgkd inspect --model_name_or_path MODEL --dataset_name ROWS [--rows N]
+                    [--preflight] [--no-color] [any flag of `pgkd train`]
 
-What student and teacher will really read, decoded from the token ids of the run's own collator: PI marked, answer
-tokens outside the loss coloured, special tokens visible; budgets, cuts, leaks, totals over all rows; and every row
-that cannot be used. Only the tokenizer is loaded.
+What student and teacher will really read, decoded from the token ids of a run:
+PI marked, answer tokens outside the loss coloured, special tokens visible;
+budgets, cuts, leaks, totals over all rows; and every row that cannot be used.
+Only the tokenizer is loaded.
 
-  --rows N      rows to show, one of every kind first (default 4; 0: the totals alone)
-  --preflight   load the model too: does the PI help, and what will the run need in memory and time?
+  --rows N      rows to show, one of every kind first (default 4; 0: the totals
+                alone)
+  --preflight   load the model too: does the PI help, and what will the run need
+                in memory and time?
   --no-color    marks instead of colours"""
 
 

@@ -29,17 +29,17 @@ class Command:
 
 # The function gets the arguments after the command's name, and returns an exit code (None is 0).
 COMMANDS = {
+    "demo": Command("pgkd_peft.cli.demo:main", "teach a real 135M model made-up facts: minutes, no network"),
     "bake": Command("pgkd_peft.cli.bake:main", "teach a document or a system prompt, from its text alone"),
-    "train": Command("pgkd_peft.cli.train:main", "train an adapter: pgkd train --config recipe.yaml"),
+    "train": Command("pgkd_peft.cli.train:main", "train an adapter on your own rows"),
     "inspect": Command("pgkd_peft.cli.inspect:main", "see the rows as student and teacher will; no training"),
-    "eval": Command("pgkd_peft.cli.eval:main", "base, teacher and student on held-out rows; recovered gap, drift"),
-    "chat": Command("pgkd_peft.cli.chat:main", "talk to base, base with PI and student side by side"),
+    "recipes": Command("pgkd_peft.cli.recipes:main", "list settings to start from, or copy them"),
+    "eval": Command("pgkd_peft.cli.eval:main", "base, teacher, student on held-out rows: what was learnt, forgotten"),
+    "chat": Command("pgkd_peft.cli.chat:main", "ask base, base with the text, and student"),
+    "report": Command("pgkd_peft.cli.report:main", "a run, or all runs, as one HTML page"),
+    "runs": Command("pgkd_peft.cli.runs:main", "all runs of a folder as one table"),
     "merge": Command("pgkd_peft.cli.export:merge", "adapter -> plain 16-bit model, measured to be what was trained"),
     "export": Command("pgkd_peft.cli.export:export", "adapter -> cleaned for publication, or GGUF"),
-    "report": Command("pgkd_peft.cli.report:main", "a run as one HTML page: curves, results, rollouts to read"),
-    "runs": Command("pgkd_peft.cli.runs:main", "all runs of a folder as one table: settings, scores, seconds"),
-    "demo": Command("pgkd_peft.cli.demo:main", "teach a real 135M model made-up facts, in minutes, without a network"),
-    "recipes": Command("pgkd_peft.cli.recipes:main", "list the recipes, or copy one: pgkd recipes cp NAME"),
 }
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(args[0])
     if command is None:
         near = get_close_matches(args[0], COMMANDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         return _complain(f"unknown command {args[0]!r}{hint} `pgkd --help` lists them.")
     from ..errors import PGKDError
 
@@ -128,7 +128,9 @@ def usage() -> str:
         [
             "usage: pgkd COMMAND [options]",
             "",
-            "Teach a language model what used to stand in its prompt: one quantized base, one LoRA adapter.",
+            "Teach a language model what used to stand in its prompt. The base that reads",
+            "that text (privileged information, PI) is the teacher; the same base with a",
+            "LoRA adapter and without the text is the student, which learns to answer alike.",
             "",
             *lines,
             "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -11,18 +10,19 @@ from pathlib import Path
 
 from ..data.named import shipped
 from ..errors import ConfigError
+from .export import CommandParser
 
 
 def main(argv: Sequence[str]) -> int:
     """List the recipes, or copy one to a file or folder."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pgkd recipes",
         usage="pgkd recipes [cp NAME [TO]]",
         description="Without arguments: list the recipes. With cp: copy one (to the current folder), to be changed.",
     )
-    parser.add_argument("action", nargs="?", choices=["cp"], metavar="cp")
-    parser.add_argument("name", nargs="?", metavar="NAME")
-    parser.add_argument("to", nargs="?", default=".", metavar="TO")
+    parser.add_argument("action", nargs="?", choices=["cp"], metavar="cp", help="copy one")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="as in the list")
+    parser.add_argument("to", nargs="?", default=".", metavar="TO", help="a file or folder")
     args = parser.parse_args(argv)
     if args.action is None:
         print(listing())
@@ -62,8 +62,8 @@ def listing() -> str:
         textwrap.fill(purpose(path), 120, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
         for name, path in found.items()
     ]
-    last = "pgkd recipes cp NAME && pgkd train --config NAME.yaml    (bake/NAME: pgkd bake --config NAME.yaml)"
-    return "\n".join([*lines, "", last])
+    last = ["pgkd recipes cp NAME && pgkd train --config NAME.yaml", "(of bake/NAME: pgkd bake --config NAME.yaml)"]
+    return "\n".join([*lines, "", *last])
 
 
 def copy(name: str, to: Path) -> Path:

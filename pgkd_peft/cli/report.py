@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from ..run.folder import REPORT_FILE
 from ..view.report import write_report
+from .export import CommandParser
 
 
 def main(argv: Sequence[str]) -> int:
     """`pgkd report DIR [--out FILE]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pgkd report",
         description="Write one self-contained HTML page about a run, or "
         "about all runs below a folder: the settings that differ, results, and their curves over each other.",
-        allow_abbrev=False,
     )
     parser.add_argument("run_dir", metavar="DIR", help="output_dir of a training, or a folder that holds several")
     parser.add_argument("--out", metavar="FILE", help=f"default: DIR/{REPORT_FILE}")

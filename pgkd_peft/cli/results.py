@@ -37,10 +37,10 @@ def show(result: Evaluation, console: Any, examples: int) -> None:
     summary = result.summary()
     table = Table(title=rows_called(summary))
     table.add_column("")
-    for name in ("score", "tokens", "cut off", "speaks of the hint", "PI 4-grams"):
+    for name in (*(["score"] if result.scores else []), "tokens", "cut off", "speaks of the hint", "copied from PI"):
         table.add_column(name, justify="right")
     for name, column in summary["columns"].items():
-        table.add_row(LABELS[name], score_cell(column), *details(column))
+        table.add_row(LABELS[name], *([score_cell(column)] if result.scores else []), *details(column))
     console.print(table)
     if result.scores:
         console.print(recovered_line(summary))
@@ -66,7 +66,7 @@ def rows_called(summary: Mapping[str, Any]) -> str:
     if trained is None:
         return f"{n} rows (nothing says whether they were trained on)"
     if trained == 0:
-        return f"{n} held-out rows"
+        return f"{n} held-out row{'s' if n != 1 else ''}"
     return f"{n} rows that were trained on" if trained == n else f"{n} rows, {trained} of them trained on"
 
 
@@ -91,7 +91,7 @@ def controls_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title="Trained again with one thing taken away: the student's score")
     table.add_column("")
     names = ("score", "recovered gap", *(["drift"] if "drift" in summary else []))
-    for name in (*names, "tokens", "cut off", "of the hint", "4-grams"):
+    for name in (*names, "tokens", "cut off", "of the hint", "copied"):
         table.add_column(name, justify="right")
     for name, of in {"this run": summary, **summary["controls"]}.items():
         column = of["columns"]["student"]

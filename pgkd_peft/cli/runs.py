@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 
@@ -17,7 +16,6 @@ def main(argv: Sequence[str]) -> int:
         prog="pgkd runs",
         description="All runs below a folder: the settings in which they differ, score, recovered gap with its "
         "interval, drift, divergence and seconds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", default="runs", help="folder that holds runs, at any depth")
     parser.add_argument("--sort", metavar="COLUMN", help="a result or a setting; scores best first")

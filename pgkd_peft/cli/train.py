@@ -15,6 +15,7 @@ from ..data.holdout import hold_out, write_rows, write_trained
 from ..data.load import give_privileged
 from ..data.named import data_path, load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
+from ..export.next_steps import after_training, next_lines
 from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at, is_saved
 from ..run.console import fitted
 from ..run.folder import CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
@@ -66,11 +67,12 @@ def main(argv: Sequence[str]) -> int:
     print(fitted(f"\nThe adapter, its model card, run.json and the logs are in {folder}", sys.stdout))
     if data.control is not None:
         run = shlex.quote(str(Path(folder).parent.parent))
-        print(f"It is the control {data.control!r}. Next: pgkd eval {run} --controls {data.control}")
+        print(f"It is the control {data.control!r}.")
+        commands = [(f"pgkd eval {run} --controls {data.control}", "compare the run with it")]
     else:
-        print(f"Next: pgkd eval {shlex.quote(folder)}")
-        print(f"      pgkd report {shlex.quote(folder)}")
-        print(f"      pgkd merge {shlex.quote(folder)} --out {shlex.quote(folder.rstrip('/') + '-merged')}")
+        commands = [(f"pgkd eval {shlex.quote(folder)}", "judge it; other rows: --dataset_name FILE")]
+        commands += after_training(folder)
+    print(next_lines(commands))
     return 0
 
 

@@ -78,7 +78,7 @@ def bootstrap_recovered(
     group, such as two phrasings of one fact, are drawn together: they are not independent.
 
     Returns:
-        None when the rows show no gap, or when most resamples do not.
+        None when the rows show no gap, when most resamples do not, or of one group, which says nothing of others.
     """
     scores = np.array([base, teacher, student], dtype=float)  # (3, n)
     n = scores.shape[1]
@@ -86,6 +86,8 @@ def bootstrap_recovered(
         return None
     names = list(range(n)) if groups is None else list(groups)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if len(numbers) < 2:
+        return None
     member = np.array([numbers[name] for name in names])
     sums = np.stack([np.bincount(member, row, minlength=len(numbers)) for row in scores])  # (3, groups)
     drawn = np.random.default_rng(seed).integers(len(numbers), size=(samples, len(numbers)))

@@ -57,7 +57,7 @@ class Nats:
 
     def sentence(self) -> str:
         """For people: "62 % of what the PI changes was taken over (95 % interval ...)"."""
-        told = f"{self.tokens} tokens of {self.rows} answers of the teacher"
+        told = f"{self.tokens} tokens of {self.rows} answer{'s' if self.rows != 1 else ''} of the teacher"
         if self.recovered is None:
             means = f"base {self.base:.3f}, teacher {self.teacher:.3f} nats/token"
             return f"the PI changes next to nothing: {means} on {told}"

@@ -1,4 +1,4 @@
-"""The commands that take an exported adapter or model into use; printed after a merge or an export."""
+"""The commands that come next; printed after a training, a merge or an export."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def next_lines(commands: list[tuple[str, str]]) -> str:
     """Commands, each with a word on what it does, under one another."""
     return "\n".join(["Next:", *(f"  {command}   # {what}" for command, what in commands)])
+
+
+def after_training(folder: str | Path, text: str | None = None) -> list[tuple[str, str]]:
+    """Of a run.
+
+    Args:
+        text: the file with what the teacher read, where one file is all of it.
+    """
+    run, merged = shlex.quote(str(folder)), shlex.quote(f"{str(folder).rstrip('/')}-merged")
+    read = f" --privileged_file {shlex.quote(text)}" if text is not None else ""
+    return [
+        (f"pgkd chat {run}{read}", "ask base and student" if text is None else "ask base, base with the text, student"),
+        (f"pgkd report {run}", "the run as a page"),
+        (f"pgkd merge {run} --out {merged}", "a plain 16-bit model"),
+    ]
 
 
 def after_merge(target: Path) -> list[tuple[str, str]]:

@@ -22,7 +22,11 @@ RESULTS = {
 """Columns of the table; ``recovered_nats`` is the recovered gap without labels, and shown where a run has it."""
 INTERVALS = {"recovered": "interval", "recovered_nats": "nats_interval"}
 # Settings that say where a run was, or how it was watched, and not what it did.
-_NOT_SETTINGS = ("output_dir", "logging_dir", "run_name", "overwrite", "hub_model_id", "disable_tqdm", "report_to")
+_NOT_SETTINGS = (
+    *("output_dir", "logging_dir", "run_name", "overwrite", "hub_model_id", "disable_tqdm", "report_to"),
+    *("logging_steps", "rollout_log_steps", "save_steps", "save_total_limit"),
+    "activation_checkpointing",  # the same as gradient_checkpointing
+)
 _HIGH_IS_GOOD = ("score", "recovered", "recovered_nats")
 
 
@@ -113,8 +117,10 @@ def sort_runs(runs: list[dict[str, Any]], by: str | None) -> list[dict[str, Any]
 
 
 def table(runs: Sequence[dict[str, Any]], width: int = SIDE_BY_SIDE) -> Any:
-    """A rich table: a line a run, the differing settings beside its name, or, in less than 110 columns, below it."""
+    """A line a run, and the differing settings beside its name, or, in less than 110 columns, below the table."""
     from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -123,7 +129,7 @@ def table(runs: Sequence[dict[str, Any]], width: int = SIDE_BY_SIDE) -> Any:
         box=box.SIMPLE,
         pad_edge=wide,
         padding=(0, 1) if wide else (0, 1, 0, 0),
-        caption="settings that are the same in all runs are left out" if len(runs) > 1 else None,
+        caption="settings that are the same in all runs are left out" if wide and len(runs) > 1 else None,
     )
     shown.add_column("run", overflow="fold")
     if settings and wide:
@@ -131,15 +137,19 @@ def table(runs: Sequence[dict[str, Any]], width: int = SIDE_BY_SIDE) -> Any:
     columns = [name for name in RESULTS if name not in INTERVALS or any(run[name] is not None for run in runs)]
     for name in columns:
         shown.add_column(RESULTS[name], justify="right", no_wrap=True)
+    below: list[Any] = []
     for run in runs:
-        name = run["run"] + ("" if run["finished"] else " (not finished)")
+        cells = [run["run"] + ("" if run["finished"] else " (not finished)")]
         differs = [f"{setting}={cell(run['settings'].get(setting))}" for setting in settings]
-        cells = [name, *(["\n".join(differs)] if settings else [])] if wide else ["\n ".join([name, *differs])]
+        if settings and wide:
+            cells.append("\n".join(differs))
+        elif settings:
+            below += [Text(f"{run['run']}:"), Padding(Text(", ".join(differs)), (0, 0, 0, 2))]
         for column in columns:
             interval = run[INTERVALS[column]] if column in INTERVALS else None
             cells.append(result(column, run[column]) + (f"\n{cell(interval)}" if interval else ""))
         shown.add_row(*map(Text, cells))
-    return shown
+    return Group(shown, *([Text("What differs:"), *below] if below else []))
 
 
 def result(column: str, value: Any) -> str:
@@ -152,4 +162,4 @@ def cell(value: Any) -> str:
         return "–"
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value)):
         return f"{value[0]:.2f} to {value[1]:.2f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
