@@ -369,7 +369,7 @@ def test_real_traces_of_a_tiny_run_and_the_command(make_trainer, tmp_path, capsy
     shown = json.loads(page.scripts[0])["traces"]
     assert [t["tokens"] for t in shown] == [r["tokens"] for r in records]
     assert "Say its complexity." in shown[0]["teacher_prompt"][1]
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="required: DIR"):
         main([])
 
 
