@@ -19,6 +19,7 @@ from pgkd_peft.cli.report import main
 from pgkd_peft.errors import ConfigError
 from pgkd_peft.rollout_log import append_traces, trace_rows
 from pgkd_peft.rows import rows_of
+from pgkd_peft.run.info import command_line
 from pgkd_peft.run.jsonl import append_lines
 from pgkd_peft.view.report import choose_traces, collect, read_metrics, read_results, write_report
 from pgkd_peft.view.report_page import csp_hash, number, render, script_json
@@ -344,6 +345,29 @@ def test_script_json_cannot_leave_its_element():
     text = script_json(value)
     assert not set("<>&\u2028\ud800") & set(text)
     assert json.loads(text) == value
+
+
+def test_the_marked_part_of_a_prompt_is_whole_words():
+    student = "<user>Thursdays: who may come?<a>"
+    teacher = "<user>Text: Dogs may. Answer from the text. Thursdays: who may come?<a>"
+    (chosen,) = choose_traces([{**trace(), "prompt": student, "teacher_prompt": teacher}])
+    assert chosen["teacher_prompt"][1].strip() == "Text: Dogs may. Answer from the text."
+    assert "".join(chosen["teacher_prompt"]) == teacher
+
+
+def test_the_page_says_where_the_judged_rows_were_trained_on(tmp_path):
+    numbers = {"base": 0.0, "teacher": 1.0, "student": 0.5, "recovered": 0.5, "n": 4}
+    for trained, said in ((4, "4 rows that were trained on"), (0, "4 held-out rows")):
+        (tmp_path / "eval_results.json").write_text(json.dumps({**numbers, "trained_on": trained}))
+        assert said in render(collect(tmp_path))
+
+
+def test_the_command_of_a_run_is_what_can_be_typed():
+    assert command_line(["/x/pgkd_peft/__main__.py", "train", "--config", "a b.yaml"]) == (
+        "pgkd train --config 'a b.yaml'"
+    )
+    assert command_line(["/x/bin/pgkd", "demo"]) == "pgkd demo"
+    assert command_line(["/x/mine/__main__.py"]) == "__main__.py"
 
 
 def test_small_pieces():

@@ -11,7 +11,7 @@ from ..evaluation.controls import CONTROLS
 from ..run.console import answers
 from ..run.folder import ANSWERS_FILE, RESULTS_FILE
 from ..run.jsonl import as_line, read_json, write_json, write_whole
-from ..view.words import LABELS
+from ..view.words import LABELS, rows_called
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,16 +58,6 @@ def show(result: Evaluation, console: Any, examples: int) -> None:
         console.print(controls_table(summary))
     if examples:
         console.print(answers_shown(result, examples, console.width))
-
-
-def rows_called(summary: Mapping[str, Any]) -> str:
-    """What may be said of the rows: held out, trained on, or neither where that is not known."""
-    n, trained = summary["n"], summary.get("trained_on", 0)
-    if trained is None:
-        return f"{n} rows (nothing says whether they were trained on)"
-    if trained == 0:
-        return f"{n} held-out row{'s' if n != 1 else ''}"
-    return f"{n} rows that were trained on" if trained == n else f"{n} rows, {trained} of them trained on"
 
 
 def score_cell(column: Mapping[str, Any]) -> str:

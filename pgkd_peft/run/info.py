@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class RunInfo:
             "privileged_tokens_cut": sum(self.report.privileged_tokens_cut) if self.report else None,
             "holdout_prompts": HOLDOUT_FILE if (Path(str(args.output_dir)) / HOLDOUT_FILE).is_file() else None,
             "held_out": self.held_out,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(sys.argv),
             "seed": args.seed,
             "automatic": {name: {"value": value, "reason": why} for name, (value, why) in args.automatic.items()},
             "config": {key: settings[key] for key in sorted(settings) if "token" not in key or key.endswith("tokens")},
@@ -183,3 +183,10 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """What was typed; ``python -m pgkd_peft`` is `pgkd`."""
+    program = Path(argv[0])
+    ours = program.name == "__main__.py" and program.parent.name == "pgkd_peft"
+    return shlex.join(["pgkd" if ours else program.name, *argv[1:]])

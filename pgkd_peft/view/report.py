@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ MOST_STEPS = 40
 """Traced steps that the page holds; of more, evenly spread ones."""
 MOST_POINTS = 2000
 MOST_LOGGED = 24
+_WORDS = re.compile(r"<[^<>\s]+>|\w+|\s+|.")
 JUDGED = ("base", "teacher", "student", "recovered_nats")
 """What an evaluation has at least one of; without labels there are no scores."""
 
@@ -185,7 +187,8 @@ def choose_traces(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for trace in usable:
         if trace["step"] in wanted:
             student, teacher = str(trace.get("prompt", "")), str(trace.get("teacher_prompt", ""))
-            own = inserted(student, teacher, lambda char: char == "<")
-            parts = [teacher[: own.start], teacher[own], teacher[own.stop :]]
+            words = _WORDS.findall(teacher)
+            own = inserted(_WORDS.findall(student), words, lambda word: word.startswith("<"))
+            parts = ["".join(part) for part in (words[: own.start], words[own], words[own.stop :])]
             chosen.append({**trace, "prompt": student, "teacher_prompt": parts})
     return sorted(chosen, key=lambda trace: trace["step"])

@@ -18,7 +18,7 @@ from typing import Any
 from ..evaluation.controls import CONTROLS
 from ..run.jsonl import is_number
 from .report_plots import Course, escape, gap_against_drift, gap_of_each, is_interval
-from .words import LABELS, duration
+from .words import LABELS, duration, rows_called
 
 ASSETS = files("pgkd_peft") / "assets" / "report"
 
@@ -161,7 +161,13 @@ def results_section(results: Sequence[Mapping[str, Any]]) -> str:
     nats = results[0].get("nats")
     told = nats.get("sentence") if isinstance(nats, Mapping) else None
     sentence = f'<p class="muted without-labels">Without labels: {escape(told)}.</p>' if told else ""
-    return gap_bar(results[0]) + (table if names else "") + sentence + details_table(results)
+    first = results[0]
+    rows_told = (
+        f'<p class="muted">{escape(rows_called(first))}</p>'
+        if "trained_on" in first and is_number(first.get("n"))
+        else ""
+    )
+    return gap_bar(first) + (table if names else "") + rows_told + sentence + details_table(results)
 
 
 def gaps_section(data: Mapping[str, Any]) -> str:
@@ -193,7 +199,7 @@ def groups_box(result: Mapping[str, Any]) -> str:
         (in_nats, "In nats on the teacher's answers; 95% interval by bootstrap over the group's rows, from five on."),
     ):
         usable = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
-        if drawn := gap_of_each(usable, f"Recovered gap of each group of held-out rows, least first. {note}"):
+        if drawn := gap_of_each(usable, f"Recovered gap of each group of rows, least first. {note}"):
             return drawn
     return ""
 
@@ -241,7 +247,7 @@ def details_table(results: Sequence[Mapping[str, Any]]) -> str:
         "length_tokens": ("answer tokens", ".1f"),
         "truncated": ("cut off", ".0%"),
         "hint_share": ("speaks of the hint", ".0%"),
-        "pi_overlap": ("word 4-grams of the PI", ".0%"),
+        "pi_overlap": ("copied from PI", ".0%"),
     }
     heads = "".join(f'<th scope="col">{label}</th>' for label, _ in names.values())
     body = "".join(

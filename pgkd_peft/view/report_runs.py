@@ -79,7 +79,7 @@ def gaps(runs: Sequence[Mapping[str, Any]]) -> str:
         paths.append(Course(run["run"], points, place))
     parts = [gap_against_drift(paths)]
     for name, note in (
-        ("recovered", "Recovered gap of each run on its held-out rows, with its 95% interval."),
+        ("recovered", "Recovered gap of each run on the rows that it was judged on, with its 95% interval."),
         ("recovered_nats", "Recovered gap in nats on the teacher's answers, with its 95% interval."),
     ):
         entries = [

@@ -3,7 +3,7 @@ another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LABELS = {
@@ -13,6 +13,16 @@ LABELS = {
     "student_with_pi": "student with PI",
 }
 """The columns of an evaluation, in their order."""
+
+
+def rows_called(summary: Mapping[str, Any]) -> str:
+    """What may be said of the rows: held out, trained on, or neither where that is not known."""
+    n, trained = summary["n"], summary.get("trained_on", 0)
+    if trained is None:
+        return f"{n} rows (nothing says whether they were trained on)"
+    if trained == 0:
+        return f"{n} held-out row{'s' if n != 1 else ''}"
+    return f"{n} rows that were trained on" if trained == n else f"{n} rows, {trained} of them trained on"
 
 
 def duration(seconds: float) -> str:
