@@ -133,7 +133,9 @@ def test_a_key_twice_in_json_text_is_refused():
         parse_row({**row("u:Q"), "chat_template_kwargs": '{"a": 1, "a": 2}'}, KEY)
 
 
-@pytest.mark.parametrize("fields", [{"weight": 0}, {"weight": 0.0}, {"weight": 0.5}, {"train": False}, {"loss": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"weight": 0}, {"weight": 0.5}, {"train": False}, {"loss": 0}, {"train_on_turn": False}]
+)
 def test_an_answer_that_is_not_to_be_trained_on_is_refused(fields):
     with pytest.raises(DataError, match=rf"messages\[1\] has `{next(iter(fields))}`.*take the answer out"):
         parse_row(answer(content="A", **fields), KEY)
@@ -267,13 +269,14 @@ def test_turns_that_hold_calls_or_images_under_other_names_are_refused(name):
 
 
 def test_other_fields_of_turns_that_the_template_never_shows_are_counted():
-    given = answer(content="A", thought="Because it is so.", stop=True)
+    given = answer(content="A", thought="Because it is so.", masked=True)
     given["messages"][0]["name"] = "alice"
     report = validate_rows([given, answer(content="A")], DataCollatorForPrivilegedGKD(byte_tokenizer()))
     told = [warning for warning in report.warnings if "never shows" in warning]
-    assert [warning.split("`")[1] for warning in told] == ["name", "thought"]
+    assert [warning.split("`")[1] for warning in told] == ["masked", "name", "thought"]
     assert all(warning.endswith("1 rows (0)") for warning in told)
-    shows = byte_tokenizer(CHATML.replace("m['content']", "m['content'] + (m.thought or '') + (m.name or '')"))
+    extra = "m['content'] + (m.thought or '') + (m.name or '') + ('true' if m.masked else '')"
+    shows = byte_tokenizer(CHATML.replace("m['content']", extra))
     assert not any("never" in w for w in validate_rows([given], DataCollatorForPrivilegedGKD(shows)).warnings)
 
 

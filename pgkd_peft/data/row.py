@@ -27,7 +27,7 @@ _LEGACY_FIELDS = {
 }
 _CALL_FIELDS = {"id", "type", "index", "name", "arguments"}
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_WEIGHT_FIELDS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+_WEIGHT_FIELDS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "train_on_turn")
 # Fields of a message that no template has to show.
 LABELS = {"role", "content", "tool_calls", "tool_call_id", "id", *THOUGHT_FIELDS, *_WEIGHT_FIELDS}
 # Fields that a message without text may have and still be empty.

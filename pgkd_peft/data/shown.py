@@ -134,14 +134,16 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def unshown_fields(messages: Sequence[Mapping[str, Any]], text: str) -> list[str]:
-    """Fields of messages, of no format that is known here, whose words are nowhere in `text`."""
+    """Fields of messages, of no format that is known here, whose values are nowhere in `text`."""
     return sorted(
         {
             name
             for message in messages
             for name, value in message.items()
             if name not in LABELS and not (name == "name" and message["role"] == "tool")
-            if any(isinstance(leaf, str) and not holds(text, leaf) for leaf in _leaves(value))
+            for leaf in _leaves(value)
+            if isinstance(leaf, (str, bool, int, float))
+            if not holds(text, leaf if isinstance(leaf, str) else json.dumps(leaf))
         }
     )
 
