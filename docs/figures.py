@@ -485,6 +485,12 @@ def figures() -> dict[str, Any]:
     through = {line["method"]: line for line in divergence_lines() if line["vocab"] == 49152}
     values["trainer_times"] = through["trainer"]["cpu_seconds"] / through["floor"]["cpu_seconds"]
     values["trainer_error"] = 100 * through["trainer"]["gradient_error"]
+    for name in ("pgkd", "sdft"):
+        values[f"step_{name}"] = spread(
+            column(step_lines(name, STEP_COLUMNS["NF4, batch 4, PI 300"]), "seconds"), ".1f"
+        )
+    (merged,) = (row for row in table_of_exports["rows"] if (row["base"], row["dtype"]) == ("dequantized", "bf16"))
+    values["merge_kl"] = f"{merged['kl_mean']:.1e}".replace("e-0", "e-")
     for name, runs in (("ours", ours), ("floor", floor)):
         for part in ("rollout", "teacher", "student"):
             values[f"{name}_{part}"] = spread(column(runs, f"{part}_seconds"), ".1f")
@@ -504,6 +510,10 @@ SENTENCES: dict[str, list[str]] = {
         "in {three_flags_seconds} s, and {three_flags_phrasings_recovered:.2f} on {three_flags_phrasings_n} further "
         "phrasings",
         "forgets {sft_drift_times:.0f} times as much of everything else",
+        "takes {step_pgkd} s, one of TRL's `SDFTTrainer` {step_sdft} s; a text",
+        "a merge is {merge_kl} nats a token from the model",
+    ],
+    "docs/measured.md": [
         "base {siqa_base:.3f}, teacher {siqa_teacher:.3f}; right is an answer",
         "A run's own 95 % interval of the recovered gap reaches {siqa_reach:.2f} to either side.",
         "exactly one option in {siqa_names_names_one:.2f} of their answers (base {siqa_names_base_names_one:.2f}), and "

@@ -102,9 +102,9 @@ NO_FIGURES = (
 """What is no measured figure: code, settings, versions, licences, the level of an interval."""
 
 
-def test_no_figure_in_the_readme_is_from_elsewhere():
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert uncovered(text, figures.SENTENCES["README.md"]) == []
+@pytest.mark.parametrize("page", ["README.md", "docs/measured.md"])
+def test_no_figure_of_a_page_is_from_elsewhere(page):
+    assert uncovered((ROOT / page).read_text("utf-8"), figures.SENTENCES[page]) == []
 
 
 MEASURED = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "# Measured" in path.read_text("utf-8")]
