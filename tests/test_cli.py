@@ -178,6 +178,8 @@ def test_all_faults_of_a_recipe_at_once(recipe):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--dataset", "rows.jsonl"], "unknown flag --dataset; did you mean --dataset_name?"),
+        (["--model", "some/model"], "unknown flag --model; did you mean --model_name_or_path?"),
         (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
         (["--learning-rates=1"], "unknown flag --learning-rates; did you mean --learning_rate?"),
         (["stray"], "unexpected argument 'stray'"),

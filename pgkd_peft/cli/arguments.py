@@ -451,7 +451,9 @@ def _type_name(action: argparse.Action) -> str:
 def _nearest(name: str, names: Iterable[str]) -> str:
     """ "; did you mean X?", compared without dashes, or nothing."""
     plain = {other.strip("-").replace("-", "_"): other for other in reversed(list(names))}
-    found = difflib.get_close_matches(name.strip("-").replace("-", "_"), plain, 1, cutoff=0.6)
+    given = name.strip("-").replace("-", "_")
+    longer = [other for other in FIRST if other in plain and other.startswith(f"{given}_")]  # --model, --dataset
+    found = longer or difflib.get_close_matches(given, plain, 1, cutoff=0.6)
     return f"; did you mean {plain[found[0]]}?" if found else ""
 
 
