@@ -457,6 +457,10 @@ U = {"role": "user", "content": "Q"}
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
             "messages[0].content has a part that is not text ('image')",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "y"}}]}]},
+            "messages[0].content has a part that is not text ('image_url')",
+        ),
         ({"messages": [{"role": "assistant", "content": "A"}]}, "no user turn before the answer"),
         ({"messages": [{"role": "system", "content": "S"}]}, "no user turn"),
         ({"messages": [U, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "tool_calls[0] has no name"),

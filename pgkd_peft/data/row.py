@@ -25,6 +25,7 @@ _LEGACY_FIELDS = {
     "refusal": "write its text into `content`",
     **dict.fromkeys(("audio", "image", "images", "video", "videos"), "only text is supported, write it into `content`"),
 }
+_MEDIA = ("image", "audio", "video", "input_", "file", "source")
 _CALL_FIELDS = {"id", "type", "index", "name", "arguments"}
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _WEIGHT_FIELDS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "train_on_turn")
@@ -231,6 +232,8 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, (list, tuple)):
         for part in content:
             kind = part.get("type", "text") if isinstance(part, Mapping) else None
+            if kind == "text":  # beside which other kinds may stand, whatever the part says it is
+                kind = next((name for name, value in part.items() if value and name.startswith(_MEDIA)), kind)
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise DataError(
                     f"{where} has a part that is not text ({reprlib.repr(kind or part)}); only text is supported"
