@@ -129,6 +129,11 @@ def test_the_bake_s_notebook_gives_flags_that_there_are():
     from pgkd_peft.cli.bake import parse
 
     notebook = nbformat.read(ROOT / "examples" / "bake_colab.ipynb", 4)
+    nbformat.validate(notebook)
+    assert (notebook.metadata.accelerator, notebook.metadata.colab.gpuType) == ("GPU", "T4")
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    steps = ("%pip install", "torch.cuda.is_available", "text.md", "!pgkd bake ", "!pgkd chat ", "files.download")
+    assert [next(i for i, source in enumerate(code) if step in source) for step in steps] == list(range(len(code)))
     (line,) = [cell.source for cell in notebook.cells if cell.source.startswith("!pgkd bake ")]
     args, flags = parse(line.format(MODEL="some/model", MINUTES="3").split()[2:])
     assert args.document == ["text.md"]
