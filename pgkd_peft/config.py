@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,7 +20,7 @@ from transformers import Trainer, get_scheduler
 from trl.experimental.gkd import GKDConfig
 
 from .errors import ConfigError, PGKDError, explained, reason
-from .trl_compat import MAPPINGS, RANGES, REFUSED
+from .trl_compat import MAPPINGS, RANGES, REFUSED, TEXTS
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +297,9 @@ class PrivilegedGKDConfig(GKDConfig):
         except PGKDError:
             raise
         except Exception as error:  # any type: a value of a wrong type fails where Transformers first uses it
-            raise ConfigError(f"these settings cannot be used: {reason(error)}") from error
+            named = [name for name in TEXTS if str(error).startswith(f"{getattr(self, name)} is not a valid ")]
+            what = " and ".join(named) or "these settings"
+            raise ConfigError(f"{what} cannot be used: {reason(error)}") from error
         self._settle_gpus()
         self._check_choices()
         self._check_ranges()
@@ -342,6 +345,8 @@ class PrivilegedGKDConfig(GKDConfig):
             raise ConfigError(f"{name} is {value}; it must be a finite number.")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
             raise ConfigError(f"{name} is {value!r}; it must be {'a whole number' if kind is int else 'a number'}.")
+        if kind is int and abs(value) > sys.maxsize:
+            raise ConfigError(f"{name} is {value}; that is more than a computer counts to.")
         if kind is int and isinstance(value, float):  # 64.0 counts nothing
             value = int(value)
             setattr(self, name, value)
@@ -401,6 +406,9 @@ class PrivilegedGKDConfig(GKDConfig):
 
     def _check_servers(self) -> None:
         """What can be said of rollout_engine='server' without asking a server."""
+        for name in ("rollout_server_timeout", "rollout_mismatch_tolerance"):
+            if getattr(self, name) is not None and self._number(name, float) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0.")
         urls = self.rollout_server_url
         if isinstance(urls, str):
             urls = urls.replace(",", " ").split()
@@ -417,9 +425,6 @@ class PrivilegedGKDConfig(GKDConfig):
                 "http://localhost:8000."
             )
         self.rollout_server_url = [_server_url(url) for url in urls]
-        for name in ("rollout_server_timeout", "rollout_mismatch_tolerance"):
-            if getattr(self, name) is not None and self._number(name, float) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0.")
         if self.teacher_takeover is not None:
             raise ConfigError(
                 "teacher_takeover is set with rollout_engine 'server': there both models write, token by token, in "
@@ -440,6 +445,15 @@ class PrivilegedGKDConfig(GKDConfig):
                 continue
             if not accepted.allows(self._number(name, accepted.kind)):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {accepted}.")
+        for name in TEXTS:
+            value = getattr(self, name)
+            is_path = name == "output_dir" and isinstance(value, os.PathLike)
+            if not isinstance(value, str) and not is_path and not (value is None and name in optional):
+                raise ConfigError(f"{name} is {value!r}; it must be text.")
+        if isinstance(self.accelerator_config, (bool, int, float)):  # Transformers would open the file of this number
+            raise ConfigError(
+                f"accelerator_config is {self.accelerator_config!r}; it must be a mapping, or a JSON file."
+            )
         if self.output_dir is not None and not str(self.output_dir).strip():
             raise ConfigError("output_dir is empty; give the folder to write the run to.")
         if self._number("max_steps", int) < 1 and self.max_steps != -1:
@@ -516,7 +530,7 @@ class PrivilegedGKDConfig(GKDConfig):
 
         there = get_available_reporting_integrations()
         for name in self.report_to:
-            if name not in INTEGRATION_TO_CALLBACK:
+            if not isinstance(name, str) or name not in INTEGRATION_TO_CALLBACK:
                 raise ConfigError(
                     f"report_to is {name!r}; accepted are none, all, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
                 )

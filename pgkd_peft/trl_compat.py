@@ -351,6 +351,12 @@ SEED = Range(int, 0, limit=2**32)  # numpy's
 ABOVE_ZERO, NOT_NEGATIVE = Range(float, 0, included=False), Range(float, 0)
 SHARE = Range(float, 0, limit=1)
 
+# Text, or the name of something.
+TEXTS = (
+    *("output_dir", "run_name", "optim", "lr_scheduler_type", "metric_for_best_model"),
+    *("logging_strategy", "eval_strategy", "save_strategy", "hub_strategy", "privileged_template"),
+)
+
 RANGES = {
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from test_faults import ADAPTER, ADAPTER_CONFIG, place, says, train  # noqa: F401
 from tiny import save_tiny
 
-from pgkd_peft import cli
+from pgkd_peft import PrivilegedGKDConfig, cli
 from pgkd_peft.errors import ConfigError
 from pgkd_peft.run.jsonl import write_whole
 from pgkd_peft.run.place import locked
@@ -349,3 +349,47 @@ def test_a_bake_keeps_others_out_of_its_folder_from_its_first_question(bake, tmp
     says(bake(run), "enough")
     assert len(inside) == 2
     assert not run.exists()
+
+
+# ---- settings and consoles -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_generations", 10**20),
+        ("per_device_train_batch_size", 10**20),
+        ("rollout_mismatch_tolerance", -1.0),
+        ("accelerator_config", True),
+        ("eval_strategy", None),
+        ("save_strategy", "weekly"),
+        ("lr_scheduler_type", ""),
+        ("optim", 3),
+        ("metric_for_best_model", True),
+        ("privileged_template", True),
+        ("report_to", {}),
+        ("report_to", [{}]),
+    ],
+)
+def test_values_of_a_wrong_kind_are_refused_by_name(tmp_path, name, value):
+    with pytest.raises(ConfigError, match=name):
+        PrivilegedGKDConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def test_closed_streams_of_a_process(place, says, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", None)
+        says(["chat", place.run], "standard input is closed", "--message")
+    with monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            patch.setattr(f"sys.{name}", None)
+        assert cli.main(["runs", str(place.folder)]) == 0
+        assert cli.main(["runs", "/nowhere"]) == 2
+
+
+def test_a_name_that_is_no_text_is_refused_before_the_work(place, tmp_path, says):  # noqa: F811
+    name = os.fsdecode(os.fsencode(tmp_path / "r") + b"\xfc")
+    says(["train", "--config", place.recipe, "--output_dir", name], "output_dir", "PYTHONUTF8=1")
+    says(["report", place.run, "--out", name], "--out", "PYTHONUTF8=1")
+    (tmp_path / "pi.txt").write_bytes(b"\xff\xfea\0")
+    says(["chat", place.run, "--privileged_file", tmp_path / "pi.txt"], "privileged_file", "UTF-16")

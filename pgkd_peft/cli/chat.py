@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tokens import visible
-from ..errors import ConfigError, DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError, read_text
 from ..run.folder import ADAPTER_CONFIG
 from .arguments import Parser, subject
 
@@ -55,10 +55,7 @@ class ChatArguments:
         if self.privileged_file is not None:
             if self.privileged is not None:
                 raise ConfigError("privileged and privileged_file are both given; keep one")
-            try:
-                self.privileged = Path(self.privileged_file).read_text(encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"privileged_file {self.privileged_file!r} cannot be read: {error}") from error
+            self.privileged = read_text(self.privileged_file, "privileged_file")
 
 
 class Speaker:
@@ -111,6 +108,8 @@ def chat(model: str, args: ChatArguments) -> int:
     from transformers import set_seed
 
     console = Console()
+    if sys.stdin is None and args.message is None and not args.web:
+        raise ConfigError("standard input is closed, so there is nobody to talk to; give --message TEXT")
     if args.web:
         from .chat_page import import_gradio
 

@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"unknown command {args[0]!r}{hint} `pgkd --help` lists them.")
     from ..errors import PGKDError
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     # What these libraries will rename one day is nothing that a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
     _print_anything()

@@ -34,6 +34,13 @@ def check_writable(path: str | os.PathLike, flag: str, *, file: bool = False) ->
         ConfigError: names both, and what the operating system says.
     """
     place = Path(path).absolute()
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:  # bytes of another encoding; libraries cannot write there
+        raise ConfigError(
+            f"{flag} {str(path)!r} cannot be written: its name is not text in the encoding of this terminal. Set "
+            "PYTHONUTF8=1, or give a name in ASCII."
+        ) from None
     if file and place.is_dir():
         raise ConfigError(f"{flag} {str(path)!r} is a folder; give a file.")
     if file and place.exists() and not place.is_file():  # /dev/null would be replaced
