@@ -184,6 +184,7 @@ def test_the_table_of_runs_shows_every_column(runs, width):
 def test_many_long_settings_stay_readable_on_a_narrow_terminal(runs):
     found = find_runs(runs)
     for i, run in enumerate(found):
+        run |= {"recovered_nats": 0.5, "nats_interval": [0.25, 0.75], "seconds": 1234.5}
         run["settings"] |= {"privileged_template": f"Text:\n\n{i} {{privileged}}", "gradient_checkpointing": bool(i)}
     console = Console(file=io.StringIO(), width=80)
     console.print(table(found, 80))
