@@ -187,12 +187,6 @@ def activation_bytes(config: Any, rows: int, length: int) -> int | None:
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
-def settle_rollout_log(config: PrivilegedGKDConfig) -> None:
-    """Four rollout logs in a run of `pgkd train`, where nobody said how many."""
-    if config.is_open("rollout_log_steps") and config.max_steps >= 4:
-        config.choose("rollout_log_steps", config.max_steps // 4, "four looks at what the student says")
-
-
 def choose_placement(
     config: PrivilegedGKDConfig, tokenizer: Any, rows: Sequence[Any], teacher: Teacher, head: Head
 ) -> bool:

@@ -132,7 +132,8 @@ def _run(
             "give --eval_dataset_name FILE, or --holdout_rows N"
         )
     if config.is_open("rollout_log_steps"):
-        config.choose("rollout_log_steps", ROLLOUT_LOG_STEPS, "so that one can read what the student says")
+        every = min(ROLLOUT_LOG_STEPS, config.max_steps) if config.max_steps > 0 else ROLLOUT_LOG_STEPS
+        config.choose("rollout_log_steps", every, "so that one can read what the student says")
 
     callbacks = [*callbacks, *evaluation_callbacks(data, config, held_out)]
     trainer = make_trainer(data, model, config, train_dataset, held_out, callbacks, student)
