@@ -211,8 +211,8 @@ def tested(source: str) -> str:
     """The source of conformance.py with the model types that are green."""
     lines = [json.loads(line) for line in ZOO.read_text(encoding="utf-8").splitlines()]
     green = sorted({line["model_type"] for line in lines if line["result"] == "green"})
-    block = "TESTED = frozenset(\n    [\n" + "".join(f'        "{name}",\n' for name in green) + "    ]\n)\n"
-    return re.sub(r"TESTED = frozenset\(\n.*?^\)\n", block, source, flags=re.S | re.M)
+    names = textwrap.fill(" ".join(green), 119, initial_indent="    ", subsequent_indent="    ")
+    return re.sub(r'(TESTED = frozenset\(\n    """\n).*?(\n    """)', rf"\g<1>{names}\g<2>", source, flags=re.S)
 
 
 def _architecture(line: dict) -> str:

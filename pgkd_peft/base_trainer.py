@@ -27,8 +27,6 @@ from .model.frozen import FrozenCheck, ProbeCallback
 from .run import console
 from .run.card import run_card
 from .run.checkpoint import (
-    STATE_FILE,
-    TEACHER_FILE,
     cannot_write,
     explain_full_disk,
     find_checkpoint,
@@ -40,7 +38,7 @@ from .run.checkpoint import (
     write_manifest,
 )
 from .run.console import logger
-from .run.folder import ADAPTER_FILE, CARD_FILE, HUB_FILES, HUB_STATE_FILES
+from .run.folder import ADAPTER_FILE, CARD_FILE, HUB_FILES, HUB_STATE_FILES, STATE_FILE, TEACHER_FILE
 from .run.info import RunInfo
 from .run.interrupt import interruptible
 from .run.jsonl import write_whole

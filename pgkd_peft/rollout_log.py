@@ -22,7 +22,7 @@ from .rollout import generate
 from .rows import Row
 from .run.console import answers, shared_console
 from .run.folder import COMPLETIONS_FILE, FINAL_TRACE_FILE, TRACE_FILE
-from .run.jsonl import append_lines, as_line, write_whole
+from .run.jsonl import append_lines, write_lines
 
 
 class RolloutLogCallback(TrainerCallback):
@@ -205,8 +205,8 @@ def write_final_traces(trainer: Any, rows: Sequence[Row], *, held_out: bool = Fa
         )
     answered = [replace(row.answered(ids, trainer.stop_ids), keep=slice(0, None)) for row, ids in zip(rows, written)]
     found = {"step": trainer.state.global_step, "held_out": held_out}
-    lines = (as_line({**found, **record}) for record in trace_rows(trainer, answered))
-    write_whole(Path(args.output_dir) / FINAL_TRACE_FILE, "".join(lines))
+    records = ({**found, **record} for record in trace_rows(trainer, answered))
+    write_lines(Path(args.output_dir) / FINAL_TRACE_FILE, records)
 
 
 def append_traces(folder: str | os.PathLike, records: Iterable[dict[str, Any]], step: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from ..evaluation.nats import SMALLEST_GAP, answer_nll, teacher_answers
 from ..model.adapters import adapter_state
 from ..model.load import base_of
 from ..rollout import generate
-from ..run.jsonl import write_json
 from .keep import LEAST_GAP
 from .questions import Question
 from .split import Passage, rules
@@ -146,7 +144,3 @@ def share(
 def pale(coverage: Mapping[str, Any]) -> list[int]:
     """Numbers of the passages of which too little was taken over, or about which no question was kept."""
     return [p["number"] for p in coverage["passages"] if p["recovered"] is None or p["recovered"] < PALE]
-
-
-def write(path: Path, coverage: Mapping[str, Any]) -> None:
-    write_json(path, coverage)

@@ -7,7 +7,6 @@ so what is written after an interruption is what would have been written without
 from __future__ import annotations
 
 import heapq
-import json
 import logging
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..run.folder import ASKED_FILE, QUESTIONS_FILE
-from ..run.jsonl import append_lines, read_lines, write_whole
+from ..run.jsonl import append_lines, read_lines
 from . import ask
 from .ask import BaseWriter, Task, Writer
 from .keep import SYSTEMS, Keeper, systems_of
@@ -324,7 +323,3 @@ def counted(questions: Sequence[Question]) -> str:
         f"{anchors} anchors ({uses['anchor']} of them questions without effect)",
     ]
     return "; ".join(parts)
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.row import load_json
 from ..errors import DataError
-from ..run.jsonl import write_whole
+from ..run.jsonl import write_lines
 from .read import utf8_text
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -66,8 +66,7 @@ class Question:
 
 def write_questions(path: Path, questions: Sequence[Question]) -> None:
     """All of them, whole or not at all."""
-    lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
-    write_whole(path, "".join(lines))
+    write_lines(path, map(asdict, questions))
 
 
 def read_questions(path: Path, passages: int) -> list[Question]:

@@ -19,7 +19,7 @@ from ..run.folder import (
     RESULTS_FILE,
     RUN_FILE,
 )
-from ..run.jsonl import read_json, write_json
+from ..run.jsonl import read_json, write_json, write_lines
 from .arguments import parse_train
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def train_and_judge(
     passages, folder, state, budget, console = job.passages, job.folder, job.state, job.budget, job.console
     train_rows, held_out, neutral = pipeline.rows_of(questions, keeper)
     for file, rows in ((BAKE_TRAIN_FILE, train_rows), (BAKE_HELDOUT_FILE, held_out), (BAKE_NEUTRAL_FILE, neutral)):
-        pipeline.write_rows(folder / file, rows)
+        write_lines(folder / file, rows)
     flags = [*train_flags, "--dataset_name", str(folder / BAKE_TRAIN_FILE)]
     flags += ["--eval_dataset_name", str(folder / BAKE_HELDOUT_FILE)] if held_out else ["--holdout_rows", "0"]
     flags += ["--max_privileged_length", str(keeper.collator.builder.max_privileged_length)]
@@ -81,7 +81,7 @@ def train_and_judge(
         write_json(folder / RESULTS_FILE, results)  # also where no row was held out to be judged
     rest = coverage.pale(found)
     write_json(folder / BAKE_FILE, {**state, "seconds": round(budget.spent, 1), "pale": rest})
-    coverage.write(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})  # last: with it the bake is finished
+    write_json(folder / COVERAGE_FILE, {**found, "kind": state.get("kind")})  # last: with it the bake is finished
     console.print(f"\nThe whole bake took {budget.spent:.0f} s. On a page: {write_report(folder)}", highlight=False)
     if rest:
         told = f"{len(rest)} of {len(passages)} passages were hardly taken over"

@@ -11,12 +11,12 @@ from typing import Any
 
 from ..data.tokens import visible
 from ..errors import ConfigError, DataError, ModelError, read_text
+from ..run.console import SIDE_BY_SIDE
 from ..run.folder import ADAPTER_CONFIG
 from .arguments import Parser, subject
 
 DESCRIPTION = """Talk to a trained adapter (a run folder) or to a merged model. Of an adapter three answers are shown:
 the base, the base with the privileged information (--privileged), and the student, which reads none."""
-SIDE_BY_SIDE = 110  # columns that a terminal needs for answers next to each other
 HEADINGS = {"base": "base", "teacher": "base with PI", "student": "student", "merged": "merged model"}
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data.contexts import privileged_as_text
-from ..data.row import parse_row
+from ..data.row import parsed_or_none
 from ..data.tokens import visible
-from ..errors import ConfigError, PGKDError
+from ..errors import ConfigError
 from ..run.folder import HOLDOUT_FILE, RUN_FILE, find_in_run
 from ..run.jsonl import read_json, read_lines
 
@@ -114,12 +114,9 @@ def examples_of(folder: Path) -> list[list[str]]:
     privileged_key = config.get("privileged_key", "privileged_messages")
     found: list[list[str]] = []
     for record in read_lines(path) if path is not None else []:
-        try:
-            row = parse_row(record, privileged_key)
-        except PGKDError:
-            continue
-        asked = [message for message in row.messages if message["role"] != "system"]
-        if len(asked) == 1 and len(found) < EXAMPLES:
+        row = parsed_or_none(record, privileged_key)
+        asked = [message for message in row.messages if message["role"] != "system"] if row is not None else []
+        if row is not None and len(asked) == 1 and len(found) < EXAMPLES:
             found.append([str(asked[0]["content"]), privileged_as_text(row.privileged)])
     return found
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.controls import CONTROLS
 from ..run.console import answers
 from ..run.folder import ANSWERS_FILE, RESULTS_FILE
-from ..run.jsonl import as_line, read_json, write_json, write_whole
+from ..run.jsonl import read_json, write_json, write_lines, write_whole
 from ..view.words import LABELS, rows_called
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def write_results(result: Evaluation, path: Path, settings: Mapping[str, Any]) -
     if settings.get("limit") and is_full(path):
         path = path.with_name(f"{path.stem}_first_{settings['limit']}.json")
     write_json(path, {**result.summary(), **settings})
-    write_whole(answers_file(path), "".join(map(as_line, result.records())))
+    write_lines(answers_file(path), result.records())
     return path
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PrivilegedGKDConfig
 from ..data.files import NoSplitError
-from ..data.holdout import hold_out, write_rows, write_trained
+from ..data.holdout import hold_out, write_trained
 from ..data.load import give_privileged
 from ..data.named import data_path, load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
@@ -19,7 +19,7 @@ from ..export.next_steps import after_training, next_lines
 from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at, is_saved
 from ..run.console import fitted
 from ..run.folder import CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
-from ..run.jsonl import read_json, read_run, write_whole
+from ..run.jsonl import read_json, read_run, write_lines, write_whole
 from ..run.place import locked
 from .arguments import (
     DataArguments,
@@ -319,7 +319,7 @@ def _own_or_split_off(
 def write_holdout(path: Path, held_out: Dataset | None) -> None:
     """The rows to judge on, of a large set the first; a merge of this run is measured on their conversations."""
     if held_out is not None and "messages" in held_out.column_names:
-        write_rows(path, held_out.select(range(min(len(held_out), HOLDOUT_ROWS))))
+        write_lines(path, held_out.select(range(min(len(held_out), HOLDOUT_ROWS))))
 
 
 def write_recipe(path: Path, told: Mapping[str, Any]) -> None:

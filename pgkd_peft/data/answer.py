@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DataError
 from .contexts import ContextBuilder, Contexts
-from .shown import THINKING, closer, holds, split_thoughts
+from .shown import THINKING, closer, common_length, holds, split_thoughts
 
 # `<x>` `</x>`, `<|x|>` `<|/x|>`, `<|x>` `<x|>`, `[X]` `[/X]`, `<|START_X|>` `<|END_X|>`
 _TAG = re.compile(r"<\|?/?[A-Za-z][\w:.-]*\|?>|<\|/[\w:.-]+\|>|\[/?[A-Z_]+\]")
@@ -37,7 +37,7 @@ def answer_text(builder: ContextBuilder, contexts: Contexts, prompt: str) -> tup
         contexts.chat_template_kwargs,
         add_generation_prompt=False,
     )
-    shared = _common(bare, prompt)
+    shared = common_length(bare, prompt)
     opening = prompt[shared:]
     if bare == prompt:  # no generation prompt, or one that is always there
         last = contexts.student[-1]["content"].strip()
@@ -67,7 +67,7 @@ def _check_elsewhere(opening: str, full: str, answer: dict[str, Any]) -> None:
 
 def _go_on(opening: str, answer: str) -> str | None:
     """`answer`, a past answer's turn, without what `opening` has of it already."""
-    common = _common(opening, answer)
+    common = common_length(opening, answer)
     tag_start = max(opening.rfind("<", 0, common), opening.rfind("[", 0, common))
     if tag_start >= 0 and not re.search(r"[>\]]", opening[tag_start:common]):
         common = tag_start  # do not part in the middle of a tag
@@ -158,7 +158,3 @@ def _differ(left: str, rest: str) -> DataError:
         f"the chat template's generation prompt goes on with {left!r} where its past answers have {rest!r}, so it is "
         "not known how an answer follows; drop the answer (prompt-only row), or use another template"
     )
-
-
-def _common(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

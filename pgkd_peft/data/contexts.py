@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, ModelError
 from .row import check_unicode, parse_row
-from .shown import check_shown, squeeze
+from .shown import check_shown, common_length, squeeze
 from .template import date_note, day_of, near_variable, source_of, unread_variable, variables, with_date
 
 PLACEMENTS = ("messages", "user", "system")
@@ -241,8 +241,8 @@ class ContextBuilder:
             with_pi = self.render(teacher, tools, template_kwargs)
         except DataError:
             return True
-        start = _common(without, with_pi)
-        end = _common(without[::-1], with_pi[::-1])
+        start = common_length(without, with_pi)
+        end = common_length(without[::-1], with_pi[::-1])
         if start + end >= len(without):
             lost = len(with_pi) == len(without) and self.placement == "system"  # a system turn is not always shown
             return len(with_pi) >= len(without) and not lost
@@ -457,8 +457,3 @@ def privileged_as_text(privileged: list[dict[str, Any]]) -> str:
     if len({message["role"] for message in privileged}) <= 1:
         return "\n\n".join(message["content"] for message in privileged)
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in privileged)
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the longest common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..run.jsonl import write_whole
 from .contexts import privileged_as_text
-from .row import ParsedRow, parse_row
+from .row import ParsedRow, parsed_or_none
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +65,7 @@ def hold_out(
     """
     if group_key is not None and group_key not in dataset.column_names:
         raise ConfigError(f"group_key is {group_key!r}, a column that the rows do not have")
-    parsed = [_parsed(row, privileged_key) for row in dataset]
+    parsed = [parsed_or_none(row, privileged_key) for row in dataset]
     with_pi = [i for i, row in enumerate(parsed) if row is not None and row.privileged]
     wanted = usual_count(len(with_pi)) if count is None else count
     if wanted == 0:
@@ -131,13 +131,6 @@ def _groups(parsed: list[ParsedRow | None], with_pi: list[int], marks: list[Any]
     return list(groups.values()), what
 
 
-def _parsed(row: Any, privileged_key: str) -> ParsedRow | None:
-    try:
-        return parse_row(row, privileged_key)
-    except DataError:  # all of these are reported together when the rows are checked
-        return None
-
-
 def prompt_digest(row: ParsedRow) -> str:
     """Sixteen hex digits that tell the student's prompt: the conversation up to the answer, and its tools."""
     text = json.dumps([row.messages, row.tools, row.chat_template_kwargs], sort_keys=True, default=str)
@@ -146,7 +139,8 @@ def prompt_digest(row: ParsedRow) -> str:
 
 def digests(rows: Iterable[Any], privileged_key: str) -> list[str]:
     """:func:`prompt_digest` of each row; "" of one that cannot be read."""
-    return [prompt_digest(row) if (row := _parsed(each, privileged_key)) is not None else "" for each in rows]
+    parsed = (parsed_or_none(row, privileged_key) for row in rows)
+    return [prompt_digest(row) if row is not None else "" for row in parsed]
 
 
 def write_trained(path: Path, rows: Iterable[Any], privileged_key: str) -> None:
@@ -164,8 +158,3 @@ def trained_on(path: Path, rows: Iterable[Any], privileged_key: str) -> int | No
     if not all(re.fullmatch(r"[0-9a-f]{16}", digest) for digest in known):
         return None  # damaged
     return sum(digest in known for digest in digests(rows, privileged_key))
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as JSON lines, as they are; what is no JSON as its text."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))

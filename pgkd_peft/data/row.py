@@ -86,6 +86,14 @@ def parse_row(row: Any, privileged_key: str) -> ParsedRow:
     )
 
 
+def parsed_or_none(row: Any, privileged_key: str) -> ParsedRow | None:
+    """:func:`parse_row`; None for a row that cannot be used, which the check of all rows reports."""
+    try:
+        return parse_row(row, privileged_key)
+    except DataError:
+        return None
+
+
 def _check_legacy(row: Mapping[str, Any]) -> None:
     """Refuse the schemas of OpenAI's older format, which nobody would show to the model."""
     value = row.get("functions")

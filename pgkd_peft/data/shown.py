@@ -11,21 +11,9 @@ from ..errors import DataError
 from .row import LABELS, THOUGHT_FIELDS
 
 THINKING = (
-    "<think>",
-    "<thinking>",
-    "<thought>",
-    "<thoughts>",
-    "<reasoning>",
-    "<reason>",
-    "<seed:think>",
-    "[THINK]",
-    "<|START_THINKING|>",
-    "<|think|>",
-    "<|thinking|>",
-    "<|begin_of_thought|>",
-    "<|thought|>",
-    "<|inner_prefix|>",
-    "<|channel>thought",
+    *("<think>", "<thinking>", "<thought>", "<thoughts>", "<reasoning>", "<reason>", "<seed:think>", "[THINK]"),
+    *("<|START_THINKING|>", "<|think|>", "<|thinking|>", "<|begin_of_thought|>", "<|thought|>"),
+    *("<|inner_prefix|>", "<|channel>thought"),
 )
 _SWITCHES = re.compile(r"/(no_)?think\b")  # templates take these commands out of the text
 
@@ -33,6 +21,11 @@ _SWITCHES = re.compile(r"/(no_)?think\b")  # templates take these commands out o
 def squeeze(text: str) -> str:
     """The text without white space: templates trim and pad what they render."""
     return "".join(text.split())
+
+
+def common_length(a: str, b: str) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def holds(text: str, part: str) -> bool:

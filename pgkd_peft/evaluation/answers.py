@@ -2,7 +2,6 @@
 
 Four columns, one adapter: the base, the base with PI (the teacher), the student, and the student with PI. All of them
 answer greedily, so that they differ by what they know.
-
 """
 
 from __future__ import annotations

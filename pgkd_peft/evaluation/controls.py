@@ -16,10 +16,10 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.contexts import privileged_as_text
-from ..data.row import ParsedRow, parse_row
+from ..data.row import parsed_or_none
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def control_rows(name: str, rows: Dataset, config: PrivilegedGKDConfig) -> Datas
     from ..data.files import encode_column, ranges
 
     key = config.privileged_key
-    parsed = [_parsed(row, key) for row in rows]
+    parsed = [parsed_or_none(row, key) for row in rows]
     if name in ("sft", "offline"):
         missing = [i for i, row in enumerate(parsed) if row is not None and row.answer is None]
         if missing:
@@ -109,13 +109,6 @@ def control_rows(name: str, rows: Dataset, config: PrivilegedGKDConfig) -> Datas
     own = list(rows[key])
     values, feature = encode_column([own[i] for i in order])
     return rows.remove_columns([key]).add_column(key, values, feature=feature)
-
-
-def _parsed(row: Any, key: str) -> ParsedRow | None:
-    try:
-        return parse_row(row, key)
-    except DataError:
-        return None
 
 
 def deranged(texts: Sequence[str], seed: int) -> list[int]:

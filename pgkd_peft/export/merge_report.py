@@ -17,12 +17,12 @@ class MergeReport:
     """What was merged and what was measured; written as merge_report.json beside the weights.
 
     Attributes:
-        surviving_share, rounding_noise: of the adapter's change after the cast (see surviving.py).
+        surviving_share, rounding_noise: of the adapter's change after the cast (see rounding.py).
         four_bit_share, four_bit_noise: the same if it were merged into 4-bit weights, on a sample of each linear layer.
-        fidelity: base -> how far merged is from trained (see fidelity.Fidelity); empty where it was not verified.
+        fidelity: base -> how far merged is from trained (see verify.Fidelity); empty where it was not verified.
         trained: answer_nll, score and recovered of the trained model itself.
-        base_matches_training: see fidelity.TrainedModel.base_matches.
-        arithmetic_floor, adapter_effect: yardsticks in nats/token (see fidelity.TrainedModel).
+        base_matches_training: see verify.TrainedModel.base_matches.
+        arithmetic_floor, adapter_effect: yardsticks in nats/token (see verify.TrainedModel).
         tolerance: limit on fidelity[base]["kl_mean"]; None where none is enforced.
     """
 
@@ -58,7 +58,7 @@ class MergeReport:
 
 
 def survived(share: float, noise: float) -> str:
-    """In words; see surviving.py for the two numbers."""
+    """In words; see rounding.py for the two numbers."""
     return f"{share:.1%} (rounding noise {noise:.2g} of it)"
 
 

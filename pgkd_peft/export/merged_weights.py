@@ -29,7 +29,8 @@ from ..errors import ModelError, explained
 from ..model.adapters import check_adapter_tensors
 from ..model.architecture import auto_class
 from ..model.load import base_of, tensor_shapes
-from .adapter import ADAPTER_FILE, AdapterRun
+from ..run.folder import ADAPTER_FILE
+from .adapter import AdapterRun
 from .base_weights import BaseWeights, quantization_roundtrip
 
 ADAPTER = "default"  # the name that PEFT gives to an only adapter

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ModelError, explained, read_object
 from ..model.load import bnb_config, check_source
-from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, AdapterRun
+from ..run.folder import ADAPTER_CONFIG, ADAPTER_FILE
+from .adapter import AdapterRun
 from .base_weights import quantization_roundtrip
 from .merged_weights import MergedWeights
 from .rounding import Surviving, row_sample

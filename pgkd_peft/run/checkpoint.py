@@ -30,7 +30,6 @@ from .folder import (
     ROLLOUT_FOLDER,
     RUN_FILE,
     STATE_FILE,
-    TEACHER_FILE,  # noqa: F401  base_trainer takes it from here
     is_checkpoint,
     is_run_file,
 )

@@ -22,7 +22,7 @@ def append_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) 
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write("".join(map(as_line, records)).encode("utf-8", "replace"))
+        file.write("".join(map(_as_line, records)).encode("utf-8", "replace"))
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -85,12 +85,17 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
     if not path.is_file():
         return
     kept = [r for r in read_lines(path) if isinstance(r.get("step"), (int, float)) and r["step"] <= step]
-    write_whole(path, "".join(map(as_line, kept)))
+    write_lines(path, kept)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """A JSON file that is whole or not there; numbers as in :func:`append_lines`, what JSON does not know as text."""
     write_whole(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """A file of one object a line that is whole or not there; numbers and the rest as in :func:`write_json`."""
+    write_whole(path, "".join(map(_as_line, records)))
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
@@ -105,7 +110,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         partial.unlink(missing_ok=True)  # of a full disk
 
 
-def as_line(record: Mapping[str, Any]) -> str:
+def _as_line(record: Mapping[str, Any]) -> str:
     return json.dumps(_finite(record), ensure_ascii=False, default=str, allow_nan=False) + "\n"
 
 

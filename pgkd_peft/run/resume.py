@@ -12,8 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import CheckpointError, PGKDError, explained, read_object, reason
 from ..trl_compat import set_log_progress
-from .folder import RUN_FILE, STEP_FILES, progress_name
-from .jsonl import drop_after
+from .folder import RUN_FILE, progress_name
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def readable_state(folder: str | None) -> Iterator[None]:
 
 
 class Continue(TrainerCallback):
-    """Once, when a resumed run begins: take up the sums since the last log, and cut logs back to the checkpoint."""
+    """Once, when a resumed run begins: take up the sums since the last log."""
 
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer = trainer
@@ -98,9 +97,6 @@ class Continue(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.remove_callback(self)
-        if trainer.is_world_process_zero():
-            for name in STEP_FILES:
-                drop_after(Path(args.output_dir) / name, state.global_step)
         progress = self.progress
         if progress is None:
             logger.warning(

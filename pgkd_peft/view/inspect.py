@@ -21,10 +21,10 @@ from ..data.check import DataReport, has_markup, leaked, validate_rows
 from ..data.collator import DataCollatorForPrivilegedGKD
 from ..data.tokens import Piece, pieces, visible
 from ..errors import DataError
+from ..run.console import SIDE_BY_SIDE
 from .words import inserted
 
 SAMPLE = 256  # rows with PI that are rendered in another placement
-SIDE_BY_SIDE = 110  # columns that a terminal needs for three texts next to each other
 STYLES = {"text": "", "pi": "bold yellow", "loss": "green", "out": "red", "special": "cyan"}
 MARKS = {"pi": ("⟦PI:", "⟧"), "out": ("⟦not in the loss:", "⟧")}  # where there is no colour
 BARS = "▏▎▍▌▋▊▉█"
