@@ -20,8 +20,8 @@ from pgkd_peft import cli
 from pgkd_peft.cli.arguments import TRAIN_ARGUMENTS, Parser, lora_config, parse_train
 from pgkd_peft.cli.eval import EvalArguments
 from pgkd_peft.cli.recipes import purpose, recipes
+from pgkd_peft.config_checks import HARMLESS, REFUSED
 from pgkd_peft.errors import ConfigError
-from pgkd_peft.trl_compat import HARMLESS, REFUSED
 
 REPO = Path(pgkd_peft.__file__).parent.parent
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from inherited import USED
 from peft import LoraConfig, get_peft_model
 from runs import finish, make_trainer, run, start
 from safetensors.torch import load_file, save_file
@@ -26,9 +27,9 @@ from trl.experimental.gkd import GKDConfig
 
 import pgkd_peft
 from pgkd_peft import PrivilegedGKDConfig, cli
+from pgkd_peft.config_checks import HARMLESS, OWN_RANGES, RANGES, REFUSED
 from pgkd_peft.errors import REASON_LENGTH, ConfigError, ModelError, RunFinished, explained, reason
 from pgkd_peft.run.place import LOCK_FILE, check_writable, locked
-from pgkd_peft.trl_compat import HARMLESS, RANGES, REFUSED, USED
 
 REPO = Path(pgkd_peft.__file__).parent.parent
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4711\n"
@@ -411,9 +412,9 @@ def test_no_number_may_be_nan_or_infinite(name, value):
         PrivilegedGKDConfig(output_dir="x", **{name: value})
 
 
-@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("name", [*RANGES, *OWN_RANGES])
 def test_numbers_out_of_their_range(name):
-    accepted = RANGES[name]
+    accepted = {**RANGES, **OWN_RANGES}[name]
     outside = [accepted.least - 1, *([] if accepted.included else [accepted.least])]
     outside += [accepted.limit] if accepted.limit is not None else []
     for value in outside:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pgkd_peft import PrivilegedGKDConfig, cli
-from pgkd_peft.config import TRACKER_EXTRAS
+from pgkd_peft.config_checks import TRACKER_EXTRAS
 from pgkd_peft.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -21,11 +21,11 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from ..config import PrivilegedGKDConfig
+from ..config_checks import HARMLESS, REFUSED
 from ..data.named import model_name, model_path
 from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
 from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
-from ..trl_compat import HARMLESS, REFUSED
 from .help import HelpFormatter
 from .trl_names import translate_flags, translate_recipe
 
