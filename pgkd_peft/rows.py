@@ -72,6 +72,21 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
     ]
 
 
+class RowCollator:
+    """A collator's rows as lists of ids; a class, so that loader processes can be started with it."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, rows: list[Any]) -> dict[str, list[Row]]:
+        return {"rows": rows_of(self.collator(rows))}
+
+
+def rows_in(batch: dict[str, Any]) -> list[Row]:
+    """The rows of what a loader gives: made by :class:`RowCollator`, or a collator's padded tensors."""
+    return batch["rows"] if "rows" in batch else rows_of(batch)
+
+
 def pack(
     prompts: Sequence[list[int]], rows: Sequence[Row], pad_id: int, device: torch.device, *, flat: bool = False
 ) -> dict[str, torch.Tensor]:

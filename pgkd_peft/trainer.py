@@ -23,52 +23,39 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from .automatic import (
-    choose_placement,
-    settle_checkpointing,
-    settle_contexts,
-    settle_training,
     start_block,
 )
 from .base_trainer import RunTrainer
 from .compare import read_as, token_nll
 from .config import PrivilegedGKDConfig
-from .conformance import check_model
-from .data.check import DataReport, checked_rows
+from .construction import check_models, prepare
+from .data.check import DataReport
 from .data.collator import DataCollatorForPrivilegedGKD, stop_ids
 from .data.feedback import load_feedback, with_feedback
-from .data.formats import messages_of
-from .data.named import model_name
 from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .engines.proof import START_PROMPTS, Proof, begin
-from .engines.server import RolloutServers, Sampling, connect
+from .engines.server import RolloutServers, Sampling, ServersLetGo
 from .errors import ConfigError, PGKDError, explained
-from .model.architecture import warn_of_long_rope, zero_dropout
-from .model.head import Head
 from .model.load import base_of
-from .model.student import build_student, context_length, embedding_rows, find_tokenizer, hidden_size
 from .prefix import plan_teacher
 from .rollout import generate, generate_mixed, masks_unread, window_generator
 from .rollout_log import RolloutLogCallback, distinct, write_final_traces
-from .rows import Row, pack, rows_of, to_device
-from .run.console import logger, show_log_lines
+from .rows import Row, RowCollator, pack, rows_in, rows_of, to_device
+from .run.console import logger
 from .run.health import HealthCallback
 from .run.memory import memory_for
-from .scoring import add_hidden_states_forward, reads_packed_rows, score_teacher
+from .scoring import reads_packed_rows, score_teacher
 from .teacher import (
     AverageCallback,
     Teacher,
-    build_separate_teacher,
-    check_same_vocabulary,
-    check_teacher,
     starting_adapter_warning,
-    teacher_tokenizer,
 )
 from .trl_compat import (
     keep_adapter,
@@ -379,46 +366,22 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         formatting_func: Callable | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
     ):
-        # What was passed, checked before anything is loaded.
-        model, teacher_model = model_name(model), model_name(teacher_model)
-        args = _usable(model, args, eval_dataset, formatting_func=formatting_func, compute_metrics=compute_metrics)
-        show_log_lines(main_process=args.process_index == 0)
-        check_teacher(model, teacher_model, args)
-        train_dataset, eval_dataset = _as_messages(train_dataset, eval_dataset, data_collator, args)
-        tokenizer = find_tokenizer(model, processing_class, args)
-        limits = context_length(model, args), embedding_rows(model, args)
-        many = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        settle_contexts(args, tokenizer, [train_dataset, *many], limits[0])
-        collator = data_collator or DataCollatorForPrivilegedGKD.from_config(tokenizer, args, *limits)
-        train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
-        eval_dataset = _all_checked(eval_dataset, collator, args)
-
-        self.servers = connect(args, tokenizer, report.prompt_lengths if report else (), model, peft_config)
-
-        # One base, one adapter that trains, and perhaps another teacher.
-        set_seed(args.seed)
-        student, loaded = build_student(model, args, peft_config, quantization_config)
-        separate = None
-        if not args.share_student_as_teacher:
-            separate = build_separate_teacher(teacher_model, args, quantization_config)
-            check_same_vocabulary(student, separate, tokenizer, teacher_tokenizer(teacher_model, args))
-        for each in (student, separate) if separate is not None else (student,):
-            add_hidden_states_forward(base_of(each))
-        loaded += _without_checkpointing(base_of(student), args)
-        teacher = Teacher(student, args.teacher_adapter, separate=separate, ema_decay=args.ema_decay)
-        self.head = Head(student)
-        self.teacher_head = self.head if separate is None else Head(separate)
-        if (
-            data_collator is None
-            and report is not None
-            and choose_placement(args, tokenizer, train_dataset, teacher, self.teacher_head)
-        ):
-            collator = DataCollatorForPrivilegedGKD.from_config(tokenizer, args, *limits)
-            train_dataset, report = checked_rows(train_dataset, collator, args, "train_dataset")
-        settle_training(args, hidden_size(student), report.rows if report else None)
-        settle_checkpointing(args, student, report)
-        if args.feedback is not None:
-            collator.keep_sources = True
+        parts = prepare(
+            model,
+            teacher_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            quantization_config,
+            formatting_func=formatting_func,
+            compute_metrics=compute_metrics,
+        )
+        args, student, separate, report = parts.args, parts.student, parts.separate, parts.report
+        self.teacher, self.head, self.teacher_head = parts.teacher, parts.head, parts.teacher_head
+        self.servers = parts.servers
 
         # TRL's trainers around them, without what they would change.
         args.logging_nan_inf_filter = False  # a look at every loss; stop_if_not_finite takes one a step
@@ -428,10 +391,10 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
                 student,
                 teacher_model=separate if separate is not None else student,
                 args=args,
-                data_collator=collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
+                data_collator=parts.collator,
+                train_dataset=parts.train_dataset,
+                eval_dataset=parts.eval_dataset,
+                processing_class=parts.tokenizer,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -439,33 +402,20 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         if separate is None:
             release_shared_teacher(self.accelerator, student)
         else:
-            teacher.separate = self.teacher_model  # as accelerate has prepared it
+            self.teacher.separate = self.teacher_model  # as accelerate has prepared it
         refuse_sharding(self.accelerator)
-        self._check_models(student, separate, tokenizer)
-        self.teacher = teacher
-        self.stop_ids = stop_ids(tokenizer, base_of(student).generation_config)
-        self.pad_id = tokenizer.pad_token_id
-        self.memory, remembered = plan_teacher(teacher, report, args, self.accelerator.num_processes)
+        check_models(student, separate, parts.tokenizer, args)
+        self.stop_ids = stop_ids(parts.tokenizer, base_of(student).generation_config)
+        self.pad_id = parts.tokenizer.pad_token_id
+        self.memory, remembered = plan_teacher(self.teacher, report, args, self.accelerator.num_processes)
         self.last_rows = []
         self.step_tokens = torch.zeros((), dtype=torch.long, device=args.device)  # kept ones of the step, on all ranks
         self.finite = torch.ones((), dtype=torch.bool, device=args.device)  # no loss of the step is NaN or infinite
         self.feedback = load_feedback(args.feedback) if args.feedback is not None else None
         self._evaluated = 0  # batches of this evaluation
         self._engine: RolloutEngine | None = None
-        self.start_run(collator, loaded, report)
-        self._watch(loaded, report, remembered)
-
-    def _check_models(self, student: nn.Module, separate: nn.Module | None, tokenizer: Any) -> None:
-        """That they compute here what plain Transformers does, without dropout; refused by name where they do not."""
-        args = self.args
-        if args.disable_dropout:
-            zero_dropout(student)
-        check_model(student, tokenizer, writes=args.lmbda > 0 or (args.seq_kd and separate is None))
-        if separate is not None:
-            zero_dropout(separate)
-            check_model(separate, tokenizer, writes=args.seq_kd or args.teacher_takeover is not None)
-        if long_rope := warn_of_long_rope(base_of(student).config):
-            logger.warning(long_rope)
+        self.start_run(parts.collator, parts.loaded, report)
+        self._watch(parts.loaded, report, remembered)
 
     def _watch(self, loaded: str, report: DataReport | None, remembered: str | None) -> None:
         """The callbacks of a step, and what is said before the first one."""
@@ -576,54 +526,11 @@ class PrivilegedSelfDistillTrainer(RunTrainer, GKDTrainer):
         """
         collator = self.data_collator
         if not isinstance(dataset, IterableDataset):
-            self.data_collator = _RowCollator(collator)
+            self.data_collator = RowCollator(collator)
         try:
             yield
         finally:
             self.data_collator = collator
-
-
-def _usable(model: Any, args: Any, eval_dataset: Any, **unusable: Any) -> PrivilegedGKDConfig:
-    """The settings, after what can be said of the arguments alone."""
-    if model is None:
-        raise ConfigError("no model was given; pass a path, a Hub id or a loaded model.")
-    args = args if args is not None else PrivilegedGKDConfig(output_dir="privileged-gkd-model")
-    if not isinstance(args, PrivilegedGKDConfig):
-        raise ConfigError(f"args is a {type(args).__name__}; it must be a PrivilegedGKDConfig.")
-    for name, value in unusable.items():
-        if value is not None:
-            raise ConfigError(f"{name} cannot be used: rows need two contexts, and no logits are kept. Remove it.")
-    if args.eval_strategy != "no" and eval_dataset is None:
-        raise ConfigError(
-            "eval_strategy is set, but there are no rows to evaluate on. Pass eval_dataset (as a flag, "
-            "--eval_dataset_name), or set eval_strategy to no."
-        )
-    return args
-
-
-def _as_messages(train: Any, evaluation: Any, collator: Any, args: PrivilegedGKDConfig) -> tuple[Any, Any]:
-    """Both sets of rows with `messages`, whatever format they are in; another collator reads its own."""
-    if collator is not None and not isinstance(collator, DataCollatorForPrivilegedGKD):
-        return train, evaluation
-    key = args.privileged_key
-    return messages_of(train, "train_dataset", key), messages_of(evaluation, "eval_dataset", key)
-
-
-def _without_checkpointing(base: PreTrainedModel, args: PrivilegedGKDConfig) -> str:
-    """Switch gradient checkpointing off for a model that has none; returns what to say of it."""
-    if not args.gradient_checkpointing or base.supports_gradient_checkpointing:
-        return ""
-    args.without_checkpointing()
-    return f"; {type(base).__name__} offers no gradient checkpointing, which is off"
-
-
-def _all_checked(eval_dataset: Any, collator: Any, args: PrivilegedGKDConfig) -> Any:
-    """The rows to evaluate on, of one data set or of several by name."""
-    if eval_dataset is None:
-        return None
-    if isinstance(eval_dataset, dict):
-        return {key: checked_rows(rows, collator, args, key)[0] for key, rows in eval_dataset.items()}
-    return checked_rows(eval_dataset, collator, args, "eval_dataset")[0]
 
 
 class StepEnd(TrainerCallback):
@@ -643,28 +550,3 @@ class StepEnd(TrainerCallback):
             self.trainer.model.zero_grad()
         for row in self.trainer.last_rows:
             row.teacher_hidden = None
-
-
-class ServersLetGo(TrainerCallback):
-    """At the end of training the rollout servers forget the adapter."""
-
-    def __init__(self, servers: RolloutServers):
-        self.servers = servers
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.servers.close()
-
-
-class _RowCollator:
-    """A collator's rows as lists of ids; a class, so that loader processes can be started with it."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def __call__(self, rows: list[Any]) -> dict[str, list[Row]]:
-        return {"rows": rows_of(self.collator(rows))}
-
-
-def rows_in(batch: dict[str, Any]) -> list[Row]:
-    """The rows of what a loader gives: made by :class:`_RowCollator`, or a collator's padded tensors."""
-    return batch["rows"] if "rows" in batch else rows_of(batch)

@@ -387,7 +387,7 @@ BAD_ROWS = [
 
 
 def test_bad_data_is_one_report_before_a_model_is_loaded(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pgkd_peft.trainer.build_student", None)
+    monkeypatch.setattr("pgkd_peft.construction.build_student", None)
     assert cli.main(["train", "--config", recipe(dataset_name=write_rows(tmp_path / "bad.jsonl", BAD_ROWS))]) == 2
     err = capsys.readouterr().err
     assert "3 of 4 rows cannot be used" in err

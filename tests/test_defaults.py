@@ -263,7 +263,7 @@ def test_without_a_budget_the_context_is_the_budget(tmp_path):
 
 def test_pi_over_the_context_is_an_error_before_the_model_is_loaded(tmp_path, monkeypatch):
     path = save_tiny(tmp_path / "model", max_position_embeddings=300)
-    monkeypatch.setattr("pgkd_peft.trainer.build_student", None)
+    monkeypatch.setattr("pgkd_peft.construction.build_student", None)
     config = PrivilegedGKDConfig(str(tmp_path / "run"), report_to="none", bf16=False, base_quantization="none")
     assert context_length(path, config) == 300
     with pytest.raises(DataError) as error:

@@ -293,12 +293,12 @@ def test_one_rank_that_loses_its_server_stops_both(base, fake, tmp_path):
 @pytest.fixture
 def unloaded(monkeypatch):
     """Fails when a model is loaded."""
-    import pgkd_peft.trainer as trainer
+    import pgkd_peft.construction as construction
 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(trainer, "build_student", load)
+    monkeypatch.setattr(construction, "build_student", load)
 
 
 def refused(base, out, url, says, lora=None, **settings):

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..config import PrivilegedGKDConfig
 from ..errors import ConfigError, PGKDError, reason
@@ -485,6 +485,16 @@ class RolloutServers:
             f"Nothing of this step was counted. When the server is back, go on from {last}: the same command with "
             "--resume, or train(resume_from_checkpoint=True)."
         )
+
+
+class ServersLetGo(TrainerCallback):
+    """At the end of training the rollout servers forget the adapter."""
+
+    def __init__(self, servers: RolloutServers):
+        self.servers = servers
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.servers.close()
 
 
 def connect(
