@@ -17,7 +17,7 @@ from .data.check import DataReport, checked_rows
 from .data.collator import DataCollatorForPrivilegedGKD
 from .data.formats import messages_of
 from .data.named import model_name
-from .engines.server import RolloutServers, connect
+from .engines.servers import RolloutServers, connect
 from .errors import ConfigError
 from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.head import Head

@@ -41,7 +41,8 @@ from .data.feedback import load_feedback, with_feedback
 from .divergence import jsd_between
 from .engines.merged import RolloutEngine
 from .engines.proof import START_PROMPTS, Proof, begin
-from .engines.server import RolloutServers, Sampling, ServersLetGo
+from .engines.server import Sampling
+from .engines.servers import RolloutServers, ServersLetGo
 from .errors import ConfigError, PGKDError, explained
 from .model.load import base_of
 from .prefix import plan_teacher

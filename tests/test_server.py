@@ -20,6 +20,7 @@ from tiny import ROWS, byte_tokenizer, save_tiny
 from pgkd_peft import PrivilegedGKDConfig
 from pgkd_peft.cli.arguments import parse_train
 from pgkd_peft.engines import server as module
+from pgkd_peft.engines import servers
 from pgkd_peft.engines.proof import Proof, RolloutMismatchError
 from pgkd_peft.engines.server import RolloutServerError, Sampling
 from pgkd_peft.errors import ConfigError
@@ -104,7 +105,7 @@ def test_a_run_sends_the_adapter_once_a_step_and_proves_each(base, fake, tmp_pat
 def test_the_adapter_that_is_sent_is_the_students_of_that_step(base, fake, tmp_path, monkeypatch):
     """What the fake holds when it answers, against the trainer's own weights at that time."""
     seen = []
-    write = module.RolloutServers.write
+    write = servers.RolloutServers.write
 
     def watched(self, *args, **kwargs):
         if self.name in fake.adapters and self.under_way:
@@ -114,7 +115,7 @@ def test_the_adapter_that_is_sent_is_the_students_of_that_step(base, fake, tmp_p
             assert float(sum(v.abs().sum() for v in ours.values())) > 0 or len(seen) == 1
         return write(self, *args, **kwargs)
 
-    monkeypatch.setattr(module.RolloutServers, "write", watched)
+    monkeypatch.setattr(servers.RolloutServers, "write", watched)
     trainer = make_trainer(
         base, str(tmp_path / "out"), settings={**SETTINGS, "rollout_server_url": [fake.url], "max_steps": 3, **FAST}
     )
@@ -123,7 +124,7 @@ def test_the_adapter_that_is_sent_is_the_students_of_that_step(base, fake, tmp_p
 
 
 def test_requests_are_spread_over_servers_and_bounded(base, fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "IN_FLIGHT", 2)
+    monkeypatch.setattr(servers, "IN_FLIGHT", 2)
     with FakeVLLM(base) as other:
         one = train(base, tmp_path / "two", [fake, other], max_steps=2, save_strategy="no", num_generations=2)
         assert fake.most_at_once <= 2

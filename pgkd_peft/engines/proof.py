@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..config import PrivilegedGKDConfig
 from ..errors import PGKDError
 from ..rows import Row
-from .server import RolloutServerError, RolloutServers, Sampling
+from .server import RolloutServerError, Sampling
+from .servers import RolloutServers
 
 START_TOKENS = 32  # of each completion that measures, before training, how alike the two bases are
 START_PROMPTS = 8
