@@ -324,7 +324,6 @@ def normal(question: str) -> str:
 def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...]) -> list[tuple[str, str]]:
     """(kind, request) for a system prompt: about its subject (the template opened after the prompt), everyday,
     and in the form of questions on what everybody knows."""
-    asked: list[tuple[str, str]] = []
     try:
         before, _ = writer.shown_before_user(system=prompt)
     except DataError:  # a template without system turns: there the prompt stands above the user's words
@@ -332,7 +331,7 @@ def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...
     opening = writer.continued(before)
     written = writer.write([opening] * count, (*path, 1), most=40, temperature=1.0)
     on_topic = (tidy_request(text) for text, ended in written if ended)
-    asked += [("on topic", text) for text in on_topic if text]
+    asked = [("on topic", text) for text in on_topic if text]
     asked += [("everyday", text) for text in writer.everyday(count // 2, (*path, 2))]
     return asked + [("common", text) for text in writer.common(count // 2, (*path, 3))]
 

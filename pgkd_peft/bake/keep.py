@@ -18,7 +18,7 @@ from ..evaluation.nats import answer_nll
 from ..model.load import base_of
 from ..rollout import generate
 from .ask import HELD_OUT_KIND, content_words, speaks_of_the_text
-from .questions import Question
+from .questions import OWN, Question
 
 LEAST_GAP = 2.0
 """Nats by which the PI must favour the teacher's answer: a factor of seven."""
@@ -131,7 +131,7 @@ class Keeper:
             self.decide(question, fault)
 
     def _may_be_short(self, question: Question) -> bool:
-        is_ours = question.passage is not None and question.kind != "own"
+        is_ours = question.passage is not None and question.kind != OWN
         return self.can_shorten and is_ours and question.system != SHORT
 
     def _answer(self, questions: Sequence[Question]) -> tuple[list[dict[str, Any]], list[list[int]], list[str]]:

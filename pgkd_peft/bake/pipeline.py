@@ -21,7 +21,7 @@ from ..run.jsonl import append_lines, read_lines
 from . import ask
 from .ask import BaseWriter, Task, Writer
 from .keep import SYSTEMS, Keeper, systems_of
-from .questions import Question, read_questions, write_questions
+from .questions import OF_THE_TEXT, OWN, Question, read_questions, write_questions
 from .split import Passage, asked_in
 
 ROWS_A_CALL = 128
@@ -201,7 +201,7 @@ class Asking:
     def _found(self) -> list[Question]:
         """Those that the document itself asks."""
         return [
-            Question(question=question, passage=passage.number, kind="of the text")
+            Question(question=question, passage=passage.number, kind=OF_THE_TEXT)
             for question, passage in asked_in([] if self.plan.is_prompt or not self.plan.questions else self.wanted)
         ]
 
@@ -271,7 +271,7 @@ def sift(
         if question.system is None and not (is_prompt and question.passage is not None):
             choices = [system for system in systems if system is not None or not is_prompt]
             question.system = choices[i % len(choices)]
-        if fault and question.kind not in ("own", "of the text"):
+        if fault and question.kind not in (OWN, OF_THE_TEXT):
             question.use, question.why = "dropped", fault
     return list(questions)
 

@@ -20,6 +20,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **{"int | None": (int, NoneType), "float | None": (float, int, NoneType)},
 }
 USES = ("train", "heldout", "anchor", "dropped")
+OWN, OF_THE_TEXT = "own", "of the text"  # kinds of questions that nobody wrote for this: the user's, the document's
 
 
 @dataclass
@@ -30,8 +31,7 @@ class Question:
         question: what the user says.
         passage: number of the passage that it is about; None for an anchor, which has no PI.
         kind: of question, see :data:`pgkd_peft.bake.ask.KINDS`; "own" for the user's, "of the text" for those that the
-            document asks, "everyday" and "common" for what
-            the model asks when it is told nothing.
+            document asks, "everyday" and "common" for what the model asks when it is told nothing.
         system: a system turn that teacher and student both read; None for the template's own.
         use: train, heldout, anchor or dropped; empty until it was judged.
         why: why it is dropped, an anchor, or held out.
@@ -44,7 +44,7 @@ class Question:
 
     question: str
     passage: int | None = None
-    kind: str = "own"
+    kind: str = OWN
     system: str | None = None
     use: str = ""
     why: str = ""

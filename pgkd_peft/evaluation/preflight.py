@@ -34,7 +34,6 @@ NOTHING_TO_LEARN = 0.01
 """Mean KL in nats a token below which the PI changes next to nothing: rounding in bfloat16 alone makes 1e-3, and a
 fact that a model does not know makes 0.1 and more."""
 SAMPLED_ROWS = 8
-PHASES = ("rollout", "teacher", "student", "rest")
 
 
 @dataclass

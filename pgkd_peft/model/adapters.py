@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ def is_switchable(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
-@contextmanager
+@contextlib.contextmanager
 def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     """No dropout and no activation checkpointing inside; the mode of every module is put back afterwards.
 

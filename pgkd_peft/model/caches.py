@@ -27,6 +27,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from .adapters import eval_mode
 from .cpu import SHARED_BEGINNING
 from .load import base_of
 
@@ -301,33 +302,28 @@ def _probe_fails(model: nn.Module) -> str | None:
     before, after = PROBE
     vocabulary = base.get_input_embeddings().weight.shape[0]
     ids = [(7 * i + i * i) % vocabulary for i in range(before + after)]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, before:].float()
-        read = read_on(model, None, ids[:before], 0)
-        rows = 3 if all(map(is_plain, read)) else 2  # windows and states are never padded inside
-        cache = for_rows([read], [before], [0] * rows, device)
-        rest = torch.tensor([ids[before:], ids[before:], [ids[0], *ids[before:-1]]][:rows], device=device)
-        mask = torch.ones(rows, before + after, dtype=torch.long, device=device)
-        mask[1, -1] = 0  # a token shorter, padded on the right as for scoring
-        mask[2:, before] = 0  # padded between the beginning and the rest, as for rollouts
-        out = model(
-            input_ids=rest,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1)[:, before:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits.float()
+        with eval_mode(model.modules()):
+            expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, before:].float()
+            read = read_on(model, None, ids[:before], 0)
+            rows = 3 if all(map(is_plain, read)) else 2  # windows and states are never padded inside
+            cache = for_rows([read], [before], [0] * rows, device)
+            rest = torch.tensor([ids[before:], ids[before:], [ids[0], *ids[before:-1]]][:rows], device=device)
+            mask = torch.ones(rows, before + after, dtype=torch.long, device=device)
+            mask[1, -1] = 0  # a token shorter, padded on the right as for scoring
+            mask[2:, before] = 0  # padded between the beginning and the rest, as for rollouts
+            out = model(
+                input_ids=rest,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1)[:, before:],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits.float()
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         return f"{base.config.model_type} cannot go on from what it has read ({str(error).splitlines()[0][:120]})"
-    finally:
-        for module, training in modes:
-            module.training = training
     found = torch.cat([out[0], out[1, :-1], *out[2:, 1:]])
     wanted = torch.cat([expected] + [expected[:-1]] * (rows - 1))
-    wanted_size = wanted.norm()
-    off = float((found - wanted).norm() / wanted_size.clamp(min=1e-30))
+    off = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
     allowed = 1e-3 if next(base.parameters()).dtype == torch.float32 else 0.1
     if not off <= allowed:
         return f"{base.config.model_type} computes something else after a prefix than in one go (off by {off:.0%})"

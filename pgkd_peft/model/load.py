@@ -1,4 +1,4 @@
-"""Load the one base model (quantized), its tokenizer and its LoRA; and the built-in demo model."""
+"""Load the one base model (quantized), its tokenizer and its LoRA."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ConfigError, ModelError, explained
+from .architecture import LINEAR
 
 # These write to the base weights as well: A and B mean nothing on the plain base, which is the teacher.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -119,7 +120,9 @@ def check_names(model: nn.Module, config: LoraConfig) -> None:
         for name in _names(getattr(config, field, None)):
             if not any(other == name or other.endswith(f".{name}") for other in there):
                 head = model.get_output_embeddings()  # type: ignore[operator]
-                linear = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m) and m is not head}
+                linear = {
+                    n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR) and m is not head
+                }
                 raise ConfigError(
                     f"{field} has {name!r}, which no module of {type(model).__name__} is called. Its linear layers are "
                     f"{', '.join(sorted(linear))}."
@@ -134,10 +137,6 @@ def check_names(model: nn.Module, config: LoraConfig) -> None:
     for token in [i for ids in tokens.values() for i in ids] if isinstance(tokens, dict) else tokens or ():
         if not 0 <= token < rows:
             raise ConfigError(f"trainable_token_indices has {token}, but the embedding has {rows} rows.")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def check_names_of(name: str, config: LoraConfig, **source: Any) -> None:

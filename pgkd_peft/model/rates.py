@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-FULL_RATE = 5e-5
-LORA_FACTOR = 10.0
-WIDTH = 2000
-EXPONENT = 0.781
-
 
 def lora_learning_rate(hidden_size: int) -> float:
     """5e-5 * 10 * (2000 / hidden_size)^0.781: ten times a rate of full fine-tuning, falling with the model's width.
@@ -19,4 +14,4 @@ def lora_learning_rate(hidden_size: int) -> float:
     """
     if hidden_size < 1:
         raise ValueError(f"hidden_size is {hidden_size}; it must be 1 or more")
-    return FULL_RATE * LORA_FACTOR * (WIDTH / hidden_size) ** EXPONENT
+    return 5e-5 * 10 * (2000 / hidden_size) ** 0.781

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tokens import visible
-from .progress import PHASES, SMALL, Watch
+from ..run.meters import PHASES
+from .progress import SMALL, Watch
 from .words import clock
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.tokens import visible
-from ..evaluation.preflight import NOTHING_TO_LEARN, PHASES, Cost, Effect
+from ..evaluation.preflight import NOTHING_TO_LEARN, Cost, Effect
 from ..run.memory import ADVICE
 from .words import duration
 
+# A phase -> what to do when it runs out of memory.
 TO_LOWER = {**ADVICE, "rest": "lower lora_r (the adapter's optimizer states)"}
 
 
@@ -90,7 +91,7 @@ def show_cost(cost: Cost, config: Any, console: Console) -> None:
     def cell(values: dict[str, float], name: str, form: str) -> str:
         return format(values[name], form) if name in values else "–"
 
-    for name in PHASES:
+    for name in TO_LOWER:
         table.add_row(
             name, cell(cost.typical, name, ".2f"), cell(cost.worst, name, ".2f"), cell(cost.peak, name, ",.0f")
         )

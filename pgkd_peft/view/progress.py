@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from ..data.tokens import question
 from ..run.jsonl import is_number
+from ..run.meters import PHASES
 
 if TYPE_CHECKING:
     from ..trainer import PrivilegedSelfDistillTrainer
@@ -27,7 +28,6 @@ SMALL = (  # (metric, its name, format): the curves beside the divergence
     ("grad_norm", "gradient norm", ".2g"),
     ("tokens_per_second", "tokens/s", ".0f"),
 )
-PHASES = ("rollout", "teacher", "student")
 
 
 class Pace:

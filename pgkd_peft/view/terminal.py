@@ -23,8 +23,9 @@ from transformers import trainer as transformers_trainer
 from ..data.tokens import visible
 from ..run.console import drawing_on, shared_console
 from ..run.jsonl import is_number
+from ..run.meters import PHASES
 from .notebook import NotebookView
-from .progress import PHASES, SMALL, Pace, View, Watch
+from .progress import SMALL, Pace, View, Watch
 from .words import clock
 
 if TYPE_CHECKING:
