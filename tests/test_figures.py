@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import figures  # noqa: E402
 import pictures  # noqa: E402
+import tables  # noqa: E402
 
 
 def benchmark(name: str):
@@ -72,12 +73,12 @@ def test_a_block_is_made_anew(monkeypatch):
 
 
 def test_how_figures_are_written():
-    assert figures.spread([3.14, 2.72], ".1f") == "2.7 to 3.1"
-    assert figures.spread([3.14, 3.12], ".1f") == "3.1"
-    assert figures.mean([1.0, 2.0], ".1f") == "1.5 (1.0 to 2.0)"
-    assert figures.mean([1.0, 1.01], ".1f") == "1.0"
-    assert figures.listing([1, 2, 3], ".0f") == "1, 2 and 3"
-    assert figures.table(["", "x"], [["a", ""]]) == "| | x |\n|---|---|\n| a | |"
+    assert tables.spread([3.14, 2.72], ".1f") == "2.7 to 3.1"
+    assert tables.spread([3.14, 3.12], ".1f") == "3.1"
+    assert tables.mean([1.0, 2.0], ".1f") == "1.5 (1.0 to 2.0)"
+    assert tables.mean([1.0, 1.01], ".1f") == "1.0"
+    assert tables.listing([1, 2, 3], ".0f") == "1, 2 and 3"
+    assert tables.table(["", "x"], [["a", ""]]) == "| | x |\n|---|---|\n| a | |"
 
 
 def uncovered(text: str, sentences: list[str]) -> list[str]:
