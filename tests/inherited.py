@@ -1,7 +1,7 @@
 """Inherited settings that the trainers of TRL and Transformers use as a run of ours wants them to.
 
-With ``REFUSED`` and ``HARMLESS`` in pgkd_peft/config_checks.py every one that there is (transformers 5.23, TRL 1.16); a test
-demands that each stands in exactly one of the tables.
+With ``REFUSED`` and ``HARMLESS`` in pgkd_peft/config_checks.py every one that there is (transformers 5.23, TRL 1.16); a
+test demands that each stands in exactly one of the tables.
 """
 
 USED = frozenset(
