@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,23 +14,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from inherited import USED
 from peft import LoraConfig, get_peft_model
-from runs import finish, make_trainer, run, start
 from safetensors.torch import load_file, save_file
 from tiny import ROWS, TINY_RUN, byte_tokenizer, save_tiny, tiny_model
-from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
-from trl.experimental.gkd import GKDConfig
+from transformers import T5Config, T5ForConditionalGeneration
 
 import pgkd_peft
-from pgkd_peft import PrivilegedGKDConfig, cli
-from pgkd_peft.config_checks import HARMLESS, OWN_RANGES, RANGES, REFUSED
-from pgkd_peft.errors import REASON_LENGTH, ConfigError, ModelError, RunFinished, explained, reason
-from pgkd_peft.run.place import LOCK_FILE, check_writable, locked
+from pgkd_peft import cli
+from pgkd_peft.errors import REASON_LENGTH, ConfigError, ModelError, explained, reason
+from pgkd_peft.run.place import check_writable
 
 REPO = Path(pgkd_peft.__file__).parent.parent
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4711\n"
+
+
 ADAPTER, ADAPTER_CONFIG, WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+
+
 NOWHERE = "/proc/nowhere/out"  # no disk that anybody can write to
 
 
@@ -112,9 +111,6 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-# ---- the boundary ----------------------------------------------------------------------------------------------------
-
-
 def test_a_reason_is_whole_and_in_one_line():
     error = RuntimeError("Error(s) in loading state_dict for X:\n\tsize mismatch for embed:  280 rows.\n\n  272 wanted")
     assert reason(error) == "Error(s) in loading state_dict for X: size mismatch for embed: 280 rows. 272 wanted"
@@ -141,9 +137,6 @@ def test_what_is_explained_already_or_about_memory_passes():
     said = r"^file x cannot be read: KeyError: 'y'\. Mend it\.$"
     with pytest.raises(ModelError, match=said), explained("file x cannot be read", advice="Mend it."):
         raise KeyError("y")
-
-
-# ---- E: models -------------------------------------------------------------------------------------------------------
 
 
 def _t5(folder: Path) -> None:
@@ -242,9 +235,6 @@ def test_broken_chat_templates(tmp_path, train, no_model, harm, words):
     path = tmp_path / "mine.jinja"
     path.write_bytes(harm)
     train("--chat_template_path", path, words=[words])
-
-
-# ---- E, G: adapters --------------------------------------------------------------------------------------------------
 
 
 def _tensors(folder: Path, change) -> None:
@@ -355,210 +345,6 @@ def test_a_run_with_several_chat_templates_is_saved_twice(place, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
 
 
-# ---- E, F: settings --------------------------------------------------------------------------------------------------
-
-INHERITED = dataclasses.fields(GKDConfig)
-
-
-def test_every_inherited_setting_is_used_refused_or_harmless():
-    names = {f.name for f in INHERITED}
-    assert len(names) > 120
-    tables = [set(USED), set(REFUSED), set(HARMLESS)]
-    assert set().union(*tables) == names
-    assert sum(map(len, tables)) == len(names)
-    assert set(RANGES) <= set(USED) | set(HARMLESS)
-    assert all(len(why) > 10 for why in [*HARMLESS.values(), *(refused.why for refused in REFUSED.values())])
-
-
-@functools.cache
-def _code() -> str:
-    import accelerate
-    import transformers
-    import trl
-
-    folders = [Path(module.__file__).parent for module in (transformers, trl, accelerate)]
-    files = [*folders[0].glob("train*.py"), folders[0] / "integrations" / "integration_utils.py"]
-    files += [folders[1] / "trainer" / "sft_trainer.py", *(REPO / "pgkd_peft").rglob("*.py")]
-    return "\n".join(path.read_text("utf-8") for path in files)
-
-
-def test_what_is_called_used_is_read_somewhere():
-    assert [name for name in USED if not re.search(rf"\b(args|config|self)\.{name}\b", _code())] == []
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_setting_is_refused_by_name(name):
-    default = next(f for f in INHERITED if f.name == name)
-    value = default.default if default.default is not dataclasses.MISSING else default.default_factory()
-    assert REFUSED[name].is_left_alone(value)
-    dataclasses.replace(PrivilegedGKDConfig(output_dir="x", **{name: value}))  # also when it is made from itself
-    other = {bool: not value, str: "x", float: 0.5}.get(type(value), 8 if "num" in name else "x")
-    with pytest.raises(ConfigError, match=rf"{name}={other!r} cannot be used: \w+.*\. Remove it"):
-        PrivilegedGKDConfig(output_dir="x", **{name: other})
-
-
-NUMBERS = [
-    f.name
-    for f in dataclasses.fields(PrivilegedGKDConfig)
-    if f.name not in REFUSED and set(re.findall(r"\w+", str(f.type))) & {"int", "float"}
-]
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_no_number_may_be_nan_or_infinite(name, value):
-    assert len(NUMBERS) > 40
-    with pytest.raises(ConfigError, match=name):
-        PrivilegedGKDConfig(output_dir="x", **{name: value})
-
-
-@pytest.mark.parametrize("name", [*RANGES, *OWN_RANGES])
-def test_numbers_out_of_their_range(name):
-    accepted = {**RANGES, **OWN_RANGES}[name]
-    outside = [accepted.least - 1, *([] if accepted.included else [accepted.least])]
-    outside += [accepted.limit] if accepted.limit is not None else []
-    for value in outside:
-        with pytest.raises(ConfigError, match=f"{name} is .*; it must be"):
-            PrivilegedGKDConfig(output_dir="x", **{name: accepted.kind(value)})
-    if accepted.kind is int:
-        with pytest.raises(ConfigError, match=f"{name} is .*whole number"):
-            PrivilegedGKDConfig(output_dir="x", **{name: accepted.least + 0.5})
-
-
-SETTINGS = [
-    ("--learning_rate", "nan", "learning_rate"),
-    ("--learning_rate", "-1", "learning_rate"),
-    ("--learning_rate", "0", "learning_rate"),
-    ("--per_device_train_batch_size", "0", "per_device_train_batch_size"),
-    ("--gradient_accumulation_steps", "0", "gradient_accumulation_steps"),
-    ("--seed", "-1", "seed"),
-    ("--max_steps", "0", "max_steps"),
-    ("--max_steps", "-5", "max_steps"),
-    ("--num_train_epochs", "0", "num_train_epochs"),
-    ("--temperature", "nan", "temperature"),
-    ("--loss_temperature", "nan", "loss_temperature"),
-    ("--lora_r", "0", "lora_r"),
-    ("--lora_alpha", "0", "lora_alpha"),
-    ("--lora_dropout", "2", "lora_dropout"),
-    ("--lora_dropout", "nan", "lora_dropout"),
-    ("--lora_target_modules", "nothere", "nothere"),
-    ("--lora_target_modules", "q_proj nothere", "nothere"),
-    ("--lora_modules_to_save", "nothere", "nothere"),
-    ("--attn_implementation", "nosuch", "nosuch"),
-    ("--dtype", "float17", "float17"),
-    ("--report_to", "nosuch", "report_to"),
-    ("--deepspeed", "x.json", "deepspeed"),
-    ("--fsdp", "full_shard", "fsdp"),
-    ("--optim", "nosuch", "nosuch"),
-    ("--optim", "adamw_apex_fused", "apex"),
-    ("--lr_scheduler_type", "nosuch", "lr_scheduler_type"),
-    ("--lr_scheduler_kwargs", '{"nothing": 1}', "nothing"),
-    ("--accelerator_config", '{"nothing": 1}', "nothing"),
-    ("--lr_scheduler_type", "cosine_with_min_lr", "min_lr"),
-    ("--optim", "galore_adamw", "galore"),
-    ("--optim_args", "x", "optim_args"),
-    ("--output_dir", "", "output_dir is empty"),
-    ("--eval_strategy steps --eval_steps 1 --metric_for_best_model", "bleu", "metric_for_best_model"),
-    ("--model_init_kwargs", "x", "model_init_kwargs"),
-    ("--eval_steps 1 --eval_strategy", "steps", "eval_strategy"),
-    ("--eos_token", "<|nope|>", "eos_token"),
-    ("--load_in_4bit true --base_quantization", "none", "base_quantization"),
-    ("--load_in_4bit true --bnb_4bit_quant_type", "nf5", "nf5"),
-    ("--average_tokens_across_devices", "false", "average_tokens_across_devices"),
-    ("--torch_compile", "true", "torch_compile"),
-    ("--per_device_train_batch_size 8 --dataloader_drop_last", "true", "dataloader_drop_last"),
-    ("--save_strategy", "best", "metric_for_best_model"),
-    ("--model_init_kwargs", '{"nothing_like_it": 1}', "nothing_like_it"),
-    ("--model_init_kwargs", '{"dtype": "nothing"}', "nothing"),
-]
-
-
-@pytest.mark.parametrize(("flags", "value", "named"), SETTINGS, ids=[f"{f} {v}" for f, v, _ in SETTINGS])
-def test_settings_that_cannot_train(train, flags, value, named):
-    train(*flags.split(), *_values(value), words=[named])
-
-
-def _values(value):
-    return [value] if value.startswith("{") or not value else value.split()
-
-
-def test_settings_are_refused_before_a_model_is_loaded(train, no_model):
-    for flags, value, named in SETTINGS:
-        if not flags.startswith(("--attn", "--model_init", "--save_strategy")):  # Transformers alone knows these
-            train(*flags.split(), *_values(value), words=[named])
-
-
-def test_trackers_are_looked_for_before_a_model_is_loaded(train, no_model, monkeypatch):
-    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
-    train("--report_to", "wandb", words=["report_to", "wandb", 'pip install "pgkd-peft[wandb]"'])
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"bias": "all"}, "bias='all'"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({"target_modules": ["q_proj", "v_porj"]}, "v_porj"),
-        ({"target_modules": r".*\.nothere"}, "nothere"),
-        ({"modules_to_save": ["nrom"]}, "nrom"),
-        ({"layers_to_transform": [0, 7]}, "layers_to_transform has 7"),
-        ({"trainable_token_indices": [999]}, "999"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern"),
-        ({"lora_dropout": -0.1}, "lora_dropout"),
-        ({"lora_alpha": float("inf")}, "lora_alpha"),
-    ],
-)
-@pytest.mark.parametrize("loaded", [False, True])
-def test_lora_settings_that_cannot_train(place, tmp_path, settings, words, loaded, monkeypatch):
-    lora = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
-    if not loaded and not isinstance(settings.get("target_modules"), str):
-        monkeypatch.setattr("pgkd_peft.model.student.load_base", None)
-    model = tiny_model() if loaded else place.model
-    with pytest.raises((ConfigError, ModelError), match=words.replace("[", r"\[")):
-        make_trainer(
-            place.model, str(tmp_path / "out"), model=model, peft_config=lora, processing_class=byte_tokenizer()
-        )
-
-
-def test_lora_on_the_embedding_starts_at_the_base(place, tmp_path, caplog):
-    lora = LoraConfig(r=2, target_modules=["embed_tokens"])
-    make_trainer(place.model, str(tmp_path / "out"), peft_config=lora)
-    assert "is not zero" not in caplog.text
-
-
-def test_a_base_that_is_quantized_otherwise_is_refused(place, tmp_path, train):
-    from pgkd_peft.model.load import load_base
-
-    stored = tmp_path / "stored"
-    load_base(place.model, quantization="nf4").save_pretrained(stored)
-    byte_tokenizer().save_pretrained(stored)
-    for asked in ("none", "int8"):
-        train("--base_quantization", asked, model=stored, words=["quantized to nf4 already", "base_quantization"])
-    assert make_trainer(str(stored), str(tmp_path / "o"), settings={"base_quantization": "nf4"}, model=str(stored))
-
-
-def test_several_gpus_without_a_launcher_are_one(monkeypatch, caplog):
-    def two(self):
-        self._n_gpu = 2
-        return torch.device("cpu")
-
-    found = functools.cached_property(two)
-    found.__set_name__(TrainingArguments, "_setup_devices")
-    monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
-    config = PrivilegedGKDConfig(output_dir="x")
-    assert config.n_gpu == 1
-    assert config.train_batch_size == config.per_device_train_batch_size
-    assert "2 GPUs are visible, one is used" in caplog.text
-    assert "accelerate launch" in caplog.text
-
-
-# ---- E: places and consoles ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("where", [NOWHERE, "FILE/below"])
 def test_results_that_could_not_be_written_are_refused_before_the_work(place, tmp_path, says, where, no_model):
     out = where.replace("FILE", place.data)
@@ -629,232 +415,3 @@ def test_a_library_s_error_is_a_line_and_our_own_a_traceback(monkeypatch, capsys
     monkeypatch.setattr("pgkd_peft.cli.recipes.recipes", lambda: None)  # our own main then fails on it
     assert cli.main(["recipes"]) == 1
     assert "Traceback" in capsys.readouterr().err
-
-
-# ---- G: folders and resuming -----------------------------------------------------------------------------------------
-
-
-def test_a_finished_run_says_so_and_nothing_is_touched(place, tmp_path, capsys, no_model):
-    folder = copy(place.run, tmp_path / "run")
-    before = contents(folder)
-    flags = ["--config", place.recipe, "--output_dir", str(folder), "--resume"]
-    assert cli.main(["train", *flags]) == 0
-    out = capsys.readouterr().out
-    assert "is finished: it is at step 3" in out
-    assert "raise max_steps" in out
-    assert contents(folder) == before
-
-
-def test_a_finished_run_in_python(place, tmp_path):
-    folder = tmp_path / "out"
-    settings = {"max_steps": 2, "lmbda": 0.0, "lr_scheduler_type": "constant"}
-    make_trainer(place.model, str(folder), settings=settings).train()
-    before = contents(folder)
-    with pytest.raises(RunFinished, match=r"is finished: it is at step 2.*max_steps is 2"):
-        make_trainer(place.model, str(folder), settings=settings).train(resume_from_checkpoint=True)
-    assert contents(folder) == before
-    epochs = {**settings, "max_steps": -1, "num_train_epochs": 1}  # 7 rows, 4 a step: two steps
-    with pytest.raises(RunFinished, match="num_train_epochs is 1"):
-        make_trainer(place.model, str(folder), settings=epochs).train(resume_from_checkpoint=True)
-    trainer = make_trainer(place.model, str(folder), settings={**settings, "max_steps": 3})
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 3
-
-
-def test_a_run_that_was_killed_before_its_adapter_was_saved_saves_it(place, tmp_path):
-    folder = copy(place.run, tmp_path / "run")
-    expected = (folder / ADAPTER).read_bytes()
-    for name in (ADAPTER, ADAPTER_CONFIG):
-        (folder / name).unlink()
-    edit(folder / "run.json", finished=False)
-    assert cli.main(["train", "--output_dir", str(folder), "--resume"]) == 0
-    assert (folder / ADAPTER).read_bytes() == expected
-    assert [p.name for p in sorted(folder.glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    assert json.loads((folder / "run.json").read_text())["finished"] is True
-
-
-REFUSED_RESUMES = {
-    "another base": lambda place, tmp: ["--model_name_or_path", save_tiny(tmp / "other", seed=7)],
-    "another teacher": lambda place, tmp: ["--teacher_adapter", "shared", "--max_steps", "5"],
-    "another rank": lambda place, tmp: ["--lora_r", "3", "--max_steps", "5"],
-    "a setting": lambda place, tmp: ["--learning_rate", "nan"],
-    "no such data": lambda place, tmp: ["--dataset_name", str(tmp / "gone.jsonl"), "--max_steps", "5"],
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED_RESUMES)
-def test_a_refused_resume_changes_nothing(place, tmp_path, says, kind):
-    folder = copy(place.run, tmp_path / "run")
-    before = contents(folder)
-    flags = REFUSED_RESUMES[kind](place, tmp_path)
-    says(["train", "--config", place.recipe, "--output_dir", folder, "--resume", *flags])
-    assert contents(folder) == before
-
-
-@pytest.mark.parametrize("flags", [["--learning_rate", "nan"], ["--dataset_name", "gone.jsonl"], ["--lora_r", "0"]])
-def test_a_refused_run_deletes_nothing(place, tmp_path, says, flags):
-    folder = copy(place.run, tmp_path / "run")
-    before = contents(folder)
-    says(["train", "--config", place.recipe, "--output_dir", folder, "--overwrite", *flags])
-    assert contents(folder) == before
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "run.json", "progress_0.json", ADAPTER],
-)
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe"])
-def test_broken_checkpoint_files(place, tmp_path, says, name, text):
-    """Without a manifest, as Transformers' own checkpoints are."""
-    folder = copy(place.run, tmp_path / "run")
-    for checkpoint in folder.glob("checkpoint-*"):
-        (checkpoint / "manifest.json").unlink()
-        (checkpoint / name).write_bytes(text)
-    before = contents(folder)
-    named = {"trainer_state.json": "no complete checkpoint"}.get(name, "random state" if ".pt" in name else name)
-    says(["train", "--config", place.recipe, "--output_dir", folder, "--resume", "--max_steps", "5"], named)
-    assert contents(folder) == before
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"files": {"optimizer.pt": 1}}'])
-def test_broken_manifests(place, tmp_path, says, text):
-    folder = copy(place.run, tmp_path / "run")
-    for checkpoint in folder.glob("checkpoint-*"):
-        (checkpoint / "manifest.json").write_text(text)
-    says(["train", "--config", place.recipe, "--output_dir", folder, "--resume"], "nothing to resume")
-
-
-def test_resume_takes_the_run_s_own_settings(place, tmp_path):
-    folder = copy(place.run, tmp_path / "run")
-    assert cli.main(["train", "--output_dir", str(folder), "--resume", "--max_steps", "4"]) == 0
-    info = json.loads((folder / "run.json").read_text())
-    assert info["steps"] == 4
-    assert info["config"]["learning_rate"] == TINY_RUN["learning_rate"]
-    assert info["config"]["lr_scheduler_type"] == "constant"
-    assert yaml.safe_load((folder / "recipe.yaml").read_text())["max_steps"] == 4
-
-
-@pytest.mark.parametrize("name", ["run.json", "recipe.yaml"])
-@pytest.mark.parametrize("text", [b"", b"{", b"- a", b"\xff\xfe"])
-def test_broken_files_of_a_run_folder(place, tmp_path, says, capsys, name, text):
-    folder = copy(place.run, tmp_path / "run")
-    (folder / name).write_bytes(text)
-    for argv in (
-        ["eval", folder, "--dataset_name", place.data, "--max_new_tokens", "2", "--base_quantization", "none"],
-        ["report", folder, "--out", tmp_path / "page.html"],
-        ["eval", folder, "--controls", "no_pi", "--dataset_name", place.data, "--base_quantization", "none"],
-    ):
-        code = cli.main([str(arg) for arg in argv])
-        err = capsys.readouterr().err
-        assert "Traceback" not in err
-        assert code in (0, 2)
-        if code == 2:
-            assert name in err
-
-
-def test_paths_with_spaces_can_be_pasted(place, tmp_path, capsys):
-    folder = tmp_path / "my run"
-    assert cli.main(["train", "--config", place.recipe, "--output_dir", str(folder), "--max_steps", "1"]) == 0
-    out = capsys.readouterr().out
-    assert f"pgkd eval '{folder}'\n" in out
-    assert f"pgkd merge '{folder}' --out '{folder}-merged'\n" in out
-
-
-# ---- G: one process a folder -----------------------------------------------------------------------------------------
-
-
-def _hold(folder: Path) -> subprocess.Popen:
-    """Another process that holds the folder until it is ended."""
-    code = (
-        "import sys, time; from pgkd_peft.run.place import locked\n"
-        "with locked(sys.argv[1]): print('held', flush=True); time.sleep(120)"
-    )
-    argv = [sys.executable, "-c", code, str(folder)]
-    holder = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=REPO)
-    assert holder.stdout.readline() == "held\n"
-    return holder
-
-
-def test_a_live_folder_is_refused_and_a_stale_lock_is_not(place, tmp_path, says):
-    folder = copy(place.run, tmp_path / "run")
-    holder = _hold(folder)
-    try:
-        before = contents(folder)
-        for how in ("--resume", "--overwrite"):
-            says(
-                ["train", "--config", place.recipe, "--output_dir", folder, how, "--max_steps", "5"],
-                f"in use by process {holder.pid}",
-                os.uname().nodename,
-            )
-        with pytest.raises(ConfigError, match="in use by process"):
-            make_trainer(place.model, str(folder), settings={"max_steps": 1}).train()
-        assert contents(folder) == before
-    finally:
-        holder.kill()
-        holder.wait()
-    assert (folder / LOCK_FILE).is_file()  # a kill leaves it
-    flags = ["--output_dir", str(folder), "--resume", "--max_steps", "4"]
-    assert cli.main(["train", "--config", place.recipe, *flags]) == 0
-    assert not (folder / LOCK_FILE).exists()
-
-
-def test_locks_of_other_hosts_count_and_broken_ones_do_not(tmp_path):
-    lock = tmp_path / LOCK_FILE
-    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": 0.0}))
-    with pytest.raises(ConfigError, match=r"process 1 on elsewhere.*delete"), locked(tmp_path):
-        pass
-    for text in ("", "[]", '{"pid": "x"}', json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "started": 1})):
-        lock.write_text(text)
-        if text == '{"pid": "x"}':
-            continue  # of no host: nobody knows whose
-        with locked(tmp_path), locked(tmp_path):
-            assert json.loads(lock.read_text())["pid"] == os.getpid()
-        assert not lock.exists()
-
-
-def test_a_lock_makes_no_folder_that_stays(tmp_path):
-    with pytest.raises(KeyError), locked(tmp_path / "a"):
-        raise KeyError
-    assert not (tmp_path / "a").exists()
-
-
-# ---- G: signals ------------------------------------------------------------------------------------------------------
-
-
-def test_a_closed_terminal_saves_first(place, tmp_path):
-    out = tmp_path / "out"
-    stopped = run(place.model, out, fault=("sighup", 2), settings={"save_steps": 100})
-    assert (stopped["error"], stopped["signum"]) == ("RunInterrupted", signal.SIGHUP)
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-3"]
-
-
-def test_under_nohup_a_closed_terminal_is_nothing(place, tmp_path):
-    process, result = start(place.model, tmp_path / "out", fault=("nohup", 2), settings={"max_steps": 4})
-    done = finish(process, result)
-    assert "error" not in done, done["log"][-2000:]
-
-
-@pytest.fixture
-def heeds_interrupts():
-    """Python's own handler, which it leaves out where the tests run in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heeds_interrupts")
-def test_a_stopped_preflight_says_that_it_was(place, tmp_path, monkeypatch, capsys):
-    def interrupted(self, *args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    from pgkd_peft.evaluation.preflight import ProbeTrainer
-
-    original = ProbeTrainer.training_step
-    monkeypatch.setattr(ProbeTrainer, "training_step", interrupted)
-    settings = [part for name, value in TINY_RUN.items() for part in (f"--{name}", str(value))]
-    argv = ["inspect", "--model_name_or_path", place.model, "--dataset_name", place.data, "--preflight", *settings]
-    assert cli.main([*argv, "--output_dir", str(tmp_path / "out")]) == 130
-    err = capsys.readouterr().err
-    assert "the preflight was stopped; nothing was trained or saved" in err
-    assert "--resume" not in err

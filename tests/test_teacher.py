@@ -1,4 +1,4 @@
-"""Whose weights answer as teacher, that they are set and put back, and that the frozen ones are proven frozen."""
+"""Whose weights answer as teacher, that they are set and put back, and what another model must be to teach."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ROWS, VOCAB, byte_tokenizer, save_tiny, tiny_model
-from transformers import TrainerCallback
 
 from pgkd_peft import PrivilegedGKDConfig, PrivilegedSelfDistillTrainer
-from pgkd_peft.errors import ConfigError, FrozenBaseError, ModelError
-from pgkd_peft.model import ema
-from pgkd_peft.model.adapters import INITIAL, STUDENT, adapter_state, adapter_tensors
+from pgkd_peft.errors import ConfigError, ModelError
+from pgkd_peft.model.adapters import adapter_state
 from pgkd_peft.model.cpu import use_short_backward
-from pgkd_peft.model.ema import EMA, RANK_FACTOR, cut
-from pgkd_peft.model.frozen import FrozenCheck
+from pgkd_peft.model.ema import EMA
 from pgkd_peft.model.head import refuse_trainable_head
 from pgkd_peft.model.load import load_base
 from pgkd_peft.teacher import Teacher, check_same_vocabulary
 
 IDS = torch.arange(24)[None] + 10  # (1, T)
+
+
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -111,9 +110,6 @@ def run(
     )
 
 
-# ---- the context manager -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("which", ["disabled", "shared", "initial"])
 @pytest.mark.parametrize("training", [True, False])
 def test_everything_is_put_back(which, training):
@@ -188,9 +184,6 @@ def test_checkpointed_backward_is_the_same_after_a_teacher_pass():
     assert sum(g.abs().sum() for g in plain) > 0
 
 
-# ---- initial -------------------------------------------------------------------------------------------------------
-
-
 def test_initial_stays_where_training_started(tmp_path):
     trainer = run(tmp_path, teacher_adapter="initial")
     start = teacher_logits(trainer.teacher)
@@ -260,154 +253,6 @@ def test_training_starts_from_an_adapter_folder(tmp_path):
     torch.testing.assert_close(teacher_logits(trainer.teacher), logits(first.eval()), rtol=1e-5, atol=1e-5)
 
 
-# ---- ema -----------------------------------------------------------------------------------------------------------
-
-
-def dense_products(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """scaling * B @ A of each layer in float64, straight from the parameters."""
-    products = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and adapter in module.lora_A:
-            b, a = module.lora_B[adapter].weight.double(), module.lora_A[adapter].weight.double()
-            products[name] = module.scaling[adapter] * b @ a
-    return products
-
-
-def relative(a: dict, b: dict) -> float:
-    return max(((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-12)).item() for k in b)
-
-
-@pytest.mark.parametrize(
-    "extra", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 11}, "rank_pattern": {"v_proj": 3}}]
-)
-def test_ema_equals_the_dense_average_of_products(extra):
-    model, decay = student(lora(**extra)), 0.8
-    teacher = Teacher(model, "ema", ema_decay=decay)
-    dense = dense_products(model, STUDENT)
-    assert len(dense) == 6
-    assert relative(dense_products(model, EMA), dense) < 1e-6  # the correct start
-    factors = {n: p.detach().clone() for n, p in adapter_tensors(model, STUDENT).items()}  # what one must not do
-    for step in range(RANK_FACTOR - 1):  # the start has rank r, each step adds r: exact up to the last of R
-        move(model, 10 + step)
-        now = dense_products(model, STUDENT)
-        dense = {k: decay * dense[k] + (1 - decay) * now[k] for k in dense}
-        assert teacher.average.update() < 1e-10
-        for name, param in adapter_tensors(model, STUDENT).items():
-            factors[name] = decay * factors[name] + (1 - decay) * param.detach()
-    assert relative(dense_products(model, EMA), dense) < 1e-5
-    for name, param in adapter_tensors(model, STUDENT).items():
-        param.data.copy_(factors[name])
-    assert relative(dense_products(model, STUDENT), dense) > 0.05  # averaging A and B apart is something else
-
-
-def test_ema_cuts_the_least_and_says_how_much():
-    model, decay = student(lora(r=1, lora_alpha=2, target_modules=["q_proj"])), 0.5
-    teacher = Teacher(model, "ema", ema_decay=decay)
-    for step in range(3):  # fills all of R
-        move(model, 20 + step, scale=1.0)
-        assert teacher.average.update() < 1e-10
-    for step in range(4):
-        held = dense_products(model, EMA)
-        move(model, 40 + step, scale=1.0)
-        now = dense_products(model, STUDENT)
-        exact = {k: decay * held[k] + (1 - decay) * now[k] for k in held}
-        values = {k: torch.linalg.svdvals(v) for k, v in exact.items()}
-        lost = sum(float((v[RANK_FACTOR:].detach() ** 2).sum()) for v in values.values())
-        total = sum(float((v.detach() ** 2).sum()) for v in values.values())
-        assert float(teacher.average.update()) == pytest.approx(lost / total, rel=1e-3, abs=1e-9)
-        kept = dense_products(model, EMA)
-        error = sum(float((kept[k] - exact[k]).detach().norm() ** 2) for k in exact)
-        assert error == pytest.approx(lost, rel=1e-3, abs=1e-9 * total)  # Eckart-Young: nothing nearer has this rank
-    assert lost > 1e-6 * total
-
-
-@pytest.mark.parametrize(
-    ("rows", "inner", "columns", "rank"), [(7, 3, 5, 2), (9, 8, 4, 5), (31, 5, 2, 5), (6, 4, 6, 4)]
-)
-def test_cut_is_the_best_approximation(rows, inner, columns, rank):
-    generator = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(3, rows, inner, generator=generator))
-    core = torch.randn(3, inner, columns, generator=generator)
-    left, right, energy = cut(basis, core, rank)
-    u, s, v = torch.linalg.svd((basis @ core).double(), full_matrices=False)
-    best = u[..., :rank] * s[..., None, :rank] @ v[..., :rank, :]
-    torch.testing.assert_close((left @ right).double(), best, rtol=1e-4, atol=1e-4)
-    known = min(s.shape[-1], energy.shape[-1])
-    torch.testing.assert_close(energy[:, :known], s[:, :known].square(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(left.mT @ left, torch.eye(rank).expand(3, -1, -1), rtol=0, atol=1e-5)
-
-
-def test_the_average_stays_sound_over_many_steps():
-    """The columns stay orthonormal, without which the cut would not be the best one."""
-    model = student(lora(r=1, lora_alpha=2))
-    teacher = Teacher(model, "ema", ema_decay=0.9)
-    for step in range(400):
-        move(model, step, scale=0.1)
-        teacher.average.update()
-    for name, b in adapter_tensors(model, EMA).items():
-        if "lora_B" in name:
-            torch.testing.assert_close(b.mT @ b, torch.eye(RANK_FACTOR), rtol=0, atol=1e-4)
-
-
-def test_layers_of_one_shape_go_together_and_alone_to_the_same_average(monkeypatch):
-    averages = []
-    for group_bytes in (2**28, 1):
-        monkeypatch.setattr(ema, "GROUP_BYTES", group_bytes)
-        model = student()
-        teacher = Teacher(model, "ema", ema_decay=0.7)
-        assert len(teacher.average.groups) == (3 if group_bytes > 1 else 6)
-        for step in range(6):
-            move(model, step)
-            teacher.average.update()
-        averages.append(dense_products(model, EMA))
-    assert relative(*averages) < 1e-5
-
-
-def test_a_layer_narrower_than_the_average_loses_nothing():
-    model = student(lora(r=12, target_modules=["k_proj"]))  # R = 48 of 32 outputs
-    teacher, dense = Teacher(model, "ema", ema_decay=0.8), dense_products(model, STUDENT)
-    assert next(m.out_features for n, m in model.named_modules() if n.endswith("k_proj")) == 32
-    for step in range(5):
-        move(model, step)
-        dense = {k: 0.8 * v + 0.2 * dense_products(model, STUDENT)[k] for k, v in dense.items()}
-        assert teacher.average.update() < 1e-10
-    assert relative(dense_products(model, EMA), dense) < 1e-5
-
-
-def test_ema_follows_in_training(tmp_path):
-    trainer = run(tmp_path, teacher_adapter="ema", ema_decay=0.5, max_steps=3)
-    dense = dense_products(trainer.model, STUDENT)
-    seen = []
-
-    class Oracle(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            nonlocal dense
-            now = dense_products(trainer.model, STUDENT)
-            dense = {k: 0.5 * dense[k] + 0.5 * now[k] for k in dense}
-            seen.append(relative(dense_products(trainer.model, EMA), dense))
-
-    trainer.add_callback(Oracle())
-    trainer.train()
-    assert len(seen) == 3
-    assert max(seen) < 1e-5
-    assert all("ema_cut_off" in entry for entry in trainer.state.log_history if "loss" in entry)
-
-
-@pytest.mark.parametrize(
-    ("extra", "named"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "Embedding"),
-    ],
-)
-def test_ema_refuses_what_is_no_product(extra, named):
-    with pytest.raises(ConfigError, match=named):
-        Teacher(student(lora(**extra)), "ema")
-
-
 def test_initial_refuses_biases_of_the_base():
     with pytest.raises(ConfigError, match="bias='lora_only'"):
         Teacher(student(lora(bias="lora_only")), "initial")
@@ -428,9 +273,6 @@ def test_second_adapter_survives_a_file(tmp_path, which):
     torch.testing.assert_close(teacher_logits(other), said, rtol=0, atol=0)
     with pytest.raises(ModelError, match="does not belong"):
         Teacher(student(lora(r=5)), which).load(str(tmp_path / "teacher.safetensors"))
-
-
-# ---- an adapted head -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -473,9 +315,6 @@ def test_names_like_the_heads_are_no_heads():
     refuse_trainable_head(lora(target_modules=".*", exclude_modules=["lm_head", "embed_out"]))
     refuse_trainable_head(lora(target_modules="all-linear"))
     refuse_trainable_head(None)
-
-
-# ---- a separate teacher --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -537,105 +376,3 @@ def test_another_soft_cap_is_refused(tmp_path):
     teacher = tiny_model("gemma", final_logit_softcapping=30.0)
     with pytest.raises(ModelError, match=r"caps its logits at 30\.0.*at 5\.0"):
         run(tmp_path, tiny_model("gemma"), teacher_model=teacher, share_student_as_teacher=False)
-
-
-# ---- proven frozen -------------------------------------------------------------------------------------------------
-
-
-def merge_behind_the_back(step: int):
-    """A callback that merges the adapter into the base and takes it out again, as rollout engines do."""
-
-    class Merge(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == step:
-                model.merge_adapter()
-                model.unmerge_adapter()
-
-    return Merge()
-
-
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_a_merge_behind_the_trainers_back_is_caught(tmp_path, quantization):
-    base = save_tiny(tmp_path / "base")
-    trainer = run(tmp_path, base, base_quantization=quantization, callbacks=[merge_behind_the_back(1)])
-    with pytest.raises(FrozenBaseError, match=r"at the end of training.*layers\.0\.\w+\.\w+_proj\.weight"):
-        trainer.train()
-
-
-def test_a_merge_is_caught_at_the_next_save(tmp_path):
-    trainer = run(tmp_path, callbacks=[merge_behind_the_back(1)], max_steps=4, save_strategy="steps", save_steps=2)
-    with pytest.raises(FrozenBaseError, match="when saving"):
-        trainer.train()
-    assert trainer.state.global_step == 2
-    assert not list((tmp_path / "out").glob("*checkpoint*"))
-
-
-@pytest.mark.parametrize("which", ["disabled", "shared", "initial", "ema"])
-def test_an_honest_run_passes(tmp_path, which):
-    trainer = run(tmp_path, teacher_adapter=which, lmbda=1.0)
-    before = dict(trainer.frozen.digests)
-    trainer.train()
-    assert trainer.frozen.digests == before
-    assert (trainer.frozen.probe is not None) == (which in ("disabled", "initial"))
-
-
-def test_the_frozen_adapter_and_the_separate_teacher_are_covered():
-    model = student()
-    check = FrozenCheck(model, Teacher(model, "initial"))
-    check.verify("now")
-    digest = check.digest
-    next(iter(adapter_tensors(model, INITIAL).values())).data.add_(1)
-    with pytest.raises(FrozenBaseError, match=r"\.initial\."):
-        check.verify("now")
-    assert FrozenCheck(model).digest == digest  # the base's own digest is about the base alone
-
-    other = tiny_model(seed=3).requires_grad_(False)
-    check = FrozenCheck(model, Teacher(model, separate=other))
-    other.model.norm.weight.data[0] += 1e-3
-    with pytest.raises(FrozenBaseError, match=r"teacher: model\.norm\.weight"):
-        check.verify("now")
-
-
-@pytest.mark.parametrize("used", [False, True])
-def test_the_scales_of_an_int8_base_are_seen(tmp_path, used):
-    """They are neither parameters nor buffers, and the first forward moves them from the weight to the layer."""
-    model = get_peft_model(load_base(save_tiny(tmp_path / "base"), quantization="int8", device="cpu"), lora())
-    check = FrozenCheck(model)
-    layer = model.base_model.model.model.layers[1].mlp.up_proj
-    lora_layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
-    if used:
-        logits(model)
-    check.verify("now")
-    for changed, name in ((layer, "up_proj"), (lora_layer, "down_proj")):
-        scales = changed.state.SCB if used else changed.weight.SCB
-        scales.mul_(2)
-        with pytest.raises(FrozenBaseError, match=rf"layers\.1\.mlp\.{name}\.weight \(scales\)"):
-            check.verify("now")
-        scales.div_(2)
-    check.verify("now")
-
-
-def test_one_flipped_bit_of_a_quantized_base_is_seen(tmp_path):
-    model = get_peft_model(load_base(save_tiny(tmp_path / "m"), quantization="nf4", device="cpu"), lora())
-    check = FrozenCheck(model)
-    weight = model.get_base_model().model.layers[1].mlp.up_proj.weight
-    weight.data.view(-1)[3] ^= 1
-    with pytest.raises(FrozenBaseError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        check.verify("now")
-    weight.data.view(-1)[3] ^= 1
-    check.verify("now")
-    weight.quant_state.absmax.view(torch.uint8)[0] ^= 1
-    with pytest.raises(FrozenBaseError, match=r"up_proj\.weight \(scales\)"):
-        check.verify("now")
-
-
-def test_the_probe_sees_what_no_weight_shows(tmp_path):
-    trainer = run(tmp_path)
-    trainer.frozen.take_probe()
-    trainer.frozen.verify("now", probe=True)
-    hook = trainer.model.get_base_model().model.layers[0].register_forward_hook(lambda m, i, o: o * 1.001)
-    trainer.frozen.verify("now")
-    with pytest.raises(FrozenBaseError, match="no longer says"):
-        trainer.frozen.verify("now", probe=True)
-    hook.remove()
-    trainer.frozen.verify("now", probe=True)
