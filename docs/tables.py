@@ -117,6 +117,7 @@ BAKE_HEAD = (
     *("seed", "seconds", "steps", "base / with the text / student", "recovered", "in nats", "tokens an answer"),
     "drift",
 )
+ANCHORS = 144  # asked for by default
 FIXED_STEPS = ["--max_steps", "120"]  # of the ablations, which no clock ends
 
 
@@ -127,6 +128,7 @@ def bake_ablations() -> str:
         if line.get("subject") == "facts" and line["more"] == FIXED_STEPS:
             what = "the 60 human questions" if line["human"] else "as it is"
             what = "no gap filter" if not line["gap_filter"] else what
+            what = f"{line['anchors_asked']} anchors asked for" if line["anchors_asked"] != ANCHORS else what
             what = "no anchors" if not line["anchors_asked"] else what
             what = f"{line['questions']} questions a passage asked for" if line["questions"] is not None else what
             runs[what] = line
@@ -328,14 +330,18 @@ def export_table() -> str:
     return table((*head, "recovered gap"), rows)
 
 
-def front_lines() -> dict[str, list[dict[str, Any]]]:
-    """The facts' lines of front.jsonl as the recipe has them but for the condition, by condition."""
+STYLE = "recipes/chatterbot_terse.yaml"
+
+
+def front_lines(recipe: str = FACTS) -> dict[str, list[dict[str, Any]]]:
+    """The lines of front.jsonl of a recipe as it is but for the condition, by condition."""
+    judged_on = {FACTS: "builtin:facts_phrasings", STYLE: None}[recipe]
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines("front.jsonl"):
-        usual = (
-            line["judged_on"]["dataset_name"] == "builtin:facts_phrasings" and line["told"].get("max_steps", 110) == 110
-        )
-        if line["recipe"] == FACTS and usual:
+        usual = line["judged_on"]["dataset_name"] == judged_on
+        if recipe == FACTS:
+            usual &= line["told"].get("max_steps", 110) == 110
+        if line["recipe"] == recipe and usual:
             found.setdefault(line["condition"], {})[line["seed"]] = line
     return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in found.items()}
 
@@ -351,9 +357,9 @@ METHOD_WORDS = {
 }
 
 
-def front_table() -> str:
-    head = ("trained with", "learning rate", "seeds", "right answers", "recovered gap", "drift, nats/token")
-    runs = front_lines()
+def front_table(recipe: str = FACTS, score: str = "right answers") -> str:
+    head = ("trained with", "learning rate", "seeds", score, "recovered gap", "drift, nats/token")
+    runs = front_lines(recipe)
     order = sorted(
         runs, key=lambda name: (list(METHOD_WORDS).index(name.split("@")[0]), -runs[name][0]["learning_rate"])
     )
@@ -369,6 +375,29 @@ def front_table() -> str:
         for name in order
     )
     return table(head, rows) if runs else "Not measured yet."
+
+
+def style_table() -> str:
+    return front_table(STYLE, "answers of at most five words")
+
+
+def defaults_table() -> str:
+    """What a recipe's model, data and columns reach with nothing else said, beside the recipe."""
+    named = {"terse": "a style, 208 rows (`chatterbot_terse`)", "siqa": "Social IQa, 386 of its rows (`siqa_cpu`)"}
+    single = {line["name"]: line for line in lines("single_runs.jsonl")}
+    tuned = {
+        "terse": f"{single['terse']['recovered']:.2f}",
+        "siqa": mean(column(conditions(SIQA)["pi"], "recovered"), ".2f"),
+    }
+    head = ("", "base / with the PI / student", "recovered gap", "of the recipe", "steps", "seconds")
+    rows = []
+    for line in lines("defaults.jsonl"):
+        low, high = line["recovered_interval"]
+        scores = " / ".join(f"{line[name]:.2f}" for name in ("base", "teacher", "student"))
+        gap = f"{line['recovered']:.2f} ({low:.2f} to {high:.2f}, n={line['n']})"
+        cells = (scores, gap, tuned[line["name"]], str(line["steps"]), f"{line['seconds']:.0f}")
+        rows.append((named[line["name"]], *cells))
+    return table(head, rows) if rows else "Not measured yet."
 
 
 def feedback_table() -> str:
@@ -422,6 +451,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "divergence": divergence_table,
     "export": export_table,
     "front": front_table,
+    "style": style_table,
+    "defaults": defaults_table,
     "feedback": feedback_table,
     "deploy": deploy_table,
 }
