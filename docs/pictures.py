@@ -20,10 +20,10 @@ COLOURS = {
     "no_pi": "#afb8c1",
 }
 NAMES = {
-    "pi": "privileged information",
+    "pi": "the PI",
     "bake": "a bake of the text",
-    "takeover": "the same, mixed rollouts",
-    "offline": "the same, no rollouts",
+    "takeover": "PI, mixed rollouts",
+    "offline": "PI, no rollouts",
     "sft": "plain SFT",
     "shuffled": "PI of other rows",
     "no_pi": "no PI",
@@ -75,13 +75,13 @@ def front(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         mean_y = y(statistics.mean(line["recovered"] for line in lines))
         parts.append(f'<circle cx="{mean_x}" cy="{mean_y}" r="5.5" fill="{colour}"/>')
         if rate:
-            parts.append(f'<text class="soft" x="{mean_x + 9}" y="{mean_y - 6}">{float(rate):g}</text>')
+            parts.append(f'<text class="soft" x="{mean_x + 9}" y="{mean_y - 6}">at {rate}</text>')
     methods = [name for name in NAMES if any(run.partition("@")[0] == name for run in runs)]
     at = LEFT
     for name in methods:
         parts.append(f'<circle cx="{at + 5}" cy="20" r="5" fill="{COLOURS[name]}"/>')
         parts.append(f'<text class="soft" x="{at + 14}" y="24">{NAMES[name]}</text>')
-        at += 34 + 6 * len(NAMES[name])
+        at += 26 + 6 * len(NAMES[name])
     if not runs:
         parts.append(
             f'<text class="soft" x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">not measured yet</text>'
