@@ -290,8 +290,8 @@ def clearly_less(values: Sequence[float], others: Sequence[float]) -> bool:
     return statistics.fmean(differences) > 2 * error
 
 
-def start_block(automatic: Mapping[str, tuple[Any, str]], width: int = 80) -> str:
-    """All that was chosen, with the reasons, in lines of at most `width`; "" when nothing was."""
+def start_block(automatic: Mapping[str, tuple[Any, str]]) -> str:
+    """All that was chosen, with the reasons, in lines of at most 80; "" when nothing was."""
     if not automatic:
         return ""
     lines = ["Chosen, as nobody said otherwise (a value that you give always wins):"]
@@ -301,7 +301,7 @@ def start_block(automatic: Mapping[str, tuple[Any, str]], width: int = 80) -> st
             shown = str(getattr(value, "value", value))
         lines += textwrap.wrap(
             f"{name} = {shown}: {reason}",
-            width,
+            80,
             initial_indent="  ",
             subsequent_indent="      ",
             break_on_hyphens=False,

@@ -206,7 +206,7 @@ def test_settings_that_cannot_work():
 def test_end_of_turn_is_found(template, expected):
     c = collator(template)
     assert (c.turn_end, c.end_of_turn) == expected
-    assert c.end_of_turn_ids == c.tokenizer.convert_tokens_to_ids([expected[1]])
+    assert c._tokenize(c.end_of_turn) == c.tokenizer.convert_tokens_to_ids([expected[1]])
     text = c.tokenizer.decode(c.encode(row("u:Q", "a:A\n"))["completion_ids"])
     assert text == "A\n" + expected[1]
 

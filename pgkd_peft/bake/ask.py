@@ -65,6 +65,9 @@ EXAMPLES = (
     }),
 )  # fmt: skip
 
+FAITHFUL = 0.7
+"""Temperature at which a small model stays with the text that it asks about."""
+
 COMMON_EXAMPLES = (
     ("What", "What is the boiling point of water?"),
     ("Tell me", "Tell me how bread is made."),
@@ -119,17 +122,15 @@ class BaseWriter:
     Args:
         model: the base, or a PeftModel whose adapter is off.
         collator: knows the template.
-        temperature: of sampling; at 0.7 a small model stays with the text.
     """
 
-    def __init__(self, model: nn.Module, collator: DataCollatorForPrivilegedGKD, *, temperature: float = 0.7):
+    def __init__(self, model: nn.Module, collator: DataCollatorForPrivilegedGKD):
         self.model = model
         self.collator = collator
-        self.temperature = temperature
         self.stops = stop_ids(collator.tokenizer, base_of(model).generation_config)
 
     def write(
-        self, prompts: Sequence[list[int]], path: tuple[int, ...], *, most: int, temperature: float | None = None
+        self, prompts: Sequence[list[int]], path: tuple[int, ...], *, most: int, temperature: float = 1.0
     ) -> list[tuple[str, bool]]:
         """Completions as text, and whether each came to an end; `path` seeds them (:func:`window_generator`)."""
         completions = generate(
@@ -138,7 +139,7 @@ class BaseWriter:
             max_new_tokens=most,
             stop_ids=self.stops,
             pad_id=self.collator.pad_token_id,
-            temperature=self.temperature if temperature is None else temperature,
+            temperature=temperature,
             generator=window_generator(*path),
         )
         decode = self.collator.tokenizer.decode
@@ -146,7 +147,7 @@ class BaseWriter:
 
     def questions(self, tasks: Sequence[Task], earlier: dict[int, list[str]], path: tuple[int, ...]) -> list[str]:
         prompts = [self._prompt(task) for task in tasks]
-        written = self.write(prompts, path, most=28)
+        written = self.write(prompts, path, most=28, temperature=FAITHFUL)
         return [tidy(f"{task.opening} {text}") for task, (text, _) in zip(tasks, written)]
 
     def _prompt(self, task: Task) -> list[int]:
@@ -183,7 +184,7 @@ class BaseWriter:
             turns += [wish(opening), {"role": "assistant", "content": question}]
         openings = [opening for _, opening in rounds(count)]
         prompts = [[*self.encode([*turns, wish(opening)]), *self.continued(opening)] for opening in openings]
-        written = self.write(prompts, path, most=20, temperature=1.0)
+        written = self.write(prompts, path, most=20)
         asked = (tidy(f"{opening} {text}") for opening, (text, _) in zip(openings, written))
         return [question for question in asked if question]
 
@@ -195,7 +196,7 @@ class BaseWriter:
             for example in REQUEST_EXAMPLES:
                 turns += [{"role": "assistant", "content": example}, {"role": "user", "content": "Another one."}]
             opening = self.encode(turns)
-        written = self.write([opening] * count, path, most=40, temperature=1.0)
+        written = self.write([opening] * count, path, most=40)
         requests = (tidy_request(text) for text, ended in written if ended)
         return [request for request in requests if request]
 
@@ -329,7 +330,7 @@ def for_prompt(prompt: str, writer: BaseWriter, count: int, path: tuple[int, ...
     except DataError:  # a template without system turns: there the prompt stands above the user's words
         before, _ = writer.shown_before_user(above=f"{prompt}\n\n")
     opening = writer.continued(before)
-    written = writer.write([opening] * count, (*path, 1), most=40, temperature=1.0)
+    written = writer.write([opening] * count, (*path, 1), most=40)
     on_topic = (tidy_request(text) for text, ended in written if ended)
     asked = [("on topic", text) for text in on_topic if text]
     asked += [("everyday", text) for text in writer.everyday(count // 2, (*path, 2))]

@@ -31,19 +31,17 @@ class ServerWriter:
         url: up to and including ``/v1``.
         model: its name there.
         key_env: environment variable with the key; a local server needs none.
-        client: instead of an `openai.OpenAI`, in tests.
     """
 
-    def __init__(self, url: str, model: str, *, key_env: str = "OPENAI_API_KEY", client: Any = None):
-        if client is None:
-            try:
-                from openai import OpenAI
-            except ImportError as error:
-                raise ConfigError(
-                    'writer_url needs the client of OpenAI\'s protocol: pip install "pgkd-peft[writer]"'
-                ) from error
-            client = OpenAI(base_url=url, api_key=os.environ.get(key_env) or "none", timeout=120.0, max_retries=0)
-        self.client = client
+    def __init__(self, url: str, model: str, *, key_env: str = "OPENAI_API_KEY"):
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise ConfigError(
+                'writer_url needs the client of OpenAI\'s protocol: pip install "pgkd-peft[writer]"'
+            ) from error
+        key = os.environ.get(key_env) or "none"
+        self.client = OpenAI(base_url=url, api_key=key, timeout=120.0, max_retries=0)
         self.url = url
         self.model = model
         self.wait = 1.0  # seconds before the second try; doubled each time
@@ -60,7 +58,7 @@ class ServerWriter:
     def _ask(self, task: Task, earlier: Sequence[str]) -> str:
         known = "".join(f"\n- {question}" for question in earlier[-20:])
         text = f"Text:\n{task.passage.privileged}" + (f"\n\nAlready asked:{known}" if known else "")
-        messages = [
+        messages: list[Any] = [
             {"role": "system", "content": INSTRUCTION.format(kind=task.kind, opening=task.opening)},
             {"role": "user", "content": text},
         ]

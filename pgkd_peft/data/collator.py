@@ -99,7 +99,6 @@ class DataCollatorForPrivilegedGKD:
         self.pad_token_id = pad_token_id(tokenizer)
         self.special_tokens = special_tokens(tokenizer)
         self.turn_end, self.end_of_turn = turn_end_texts(self.builder)
-        self.end_of_turn_ids = self._tokenize(self.end_of_turn)
 
     @classmethod
     def from_config(

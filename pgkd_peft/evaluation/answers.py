@@ -37,6 +37,8 @@ HINT_PHRASES = (
 )
 """Regular expressions of answers that speak of a hint which the user never saw."""
 
+ANSWER_TOKENS = 64
+"""Length limit of an answer where nobody gives one."""
 DRIFT_TOKENS = 48
 """Length limit of the base's own continuations on which drift is measured."""
 
@@ -175,7 +177,7 @@ def evaluate(
     rows: Sequence[Mapping[str, Any]],
     scorer: Scorer | None,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = ANSWER_TOKENS,
     columns: Sequence[str] = COLUMNS,
     group_key: str | None = None,
     phrases: Sequence[str] = HINT_PHRASES,
@@ -370,20 +372,13 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int = 1024, stri
     return math.exp(total / (len(ids) - 1))
 
 
-def student_score(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[Mapping[str, Any]],
-    scorer: Scorer,
-    *,
-    max_new_tokens: int = 64,
-) -> float:
+def student_score(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], scorer: Scorer) -> float:
     """Mean score of `model` as it is, asked without PI: for a merged model, which has no adapter to switch off."""
     collator = DataCollatorForPrivilegedGKD(tokenizer)
     completions = generate(
         model,
         [collator.encode(row)["student_ids"] for row in rows],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=ANSWER_TOKENS,
         stop_ids=stop_ids(tokenizer, base_of(model).generation_config),
         pad_id=collator.pad_token_id,
     )

@@ -20,7 +20,6 @@ def recovered_by_group(
     groups: Sequence[Hashable],
     *,
     least: Sequence[float] | None = None,
-    level: float = 0.95,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """One dict a group, in the order of their first rows: ``group``, ``n``, mean scores, ``recovered``, ``interval``.
@@ -46,9 +45,9 @@ def recovered_by_group(
         recovered = recovered_gap(before, with_pi, after) if enough else None
         interval = None
         if recovered is not None and shares:
-            interval = [(end - before) / (with_pi - before) for end in wilson(after, len(rows), level)]
+            interval = [(end - before) / (with_pi - before) for end in wilson(after, len(rows))]
         elif recovered is not None and len(rows) >= LEAST_ROWS:
-            drawn = bootstrap_recovered(*scores, level=level, seed=seed)
+            drawn = bootstrap_recovered(*scores, seed=seed)
             interval = [drawn.low, drawn.high] if drawn is not None else None
         found.append(
             {

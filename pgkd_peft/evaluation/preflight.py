@@ -135,11 +135,11 @@ def measure_effect(trainer: ProbeTrainer, rows: Any, scorer: Scorer | None) -> E
     )
 
 
-def top_share(values: Sequence[float], top: float = 0.01) -> float:
-    """Share of the sum that lies in the largest `top` of the values (at least one of them)."""
+def top_share(values: Sequence[float]) -> float:
+    """Share of the sum that lies in the largest 1 % of the values (at least one of them)."""
     ordered = sorted(values, reverse=True)
     total = sum(ordered)
-    return sum(ordered[: max(1, math.ceil(top * len(ordered)))]) / total if total > 0 else 0.0
+    return sum(ordered[: max(1, math.ceil(0.01 * len(ordered)))]) / total if total > 0 else 0.0
 
 
 def scorer_for(rows: Any) -> Scorer | None:

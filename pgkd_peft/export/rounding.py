@@ -65,6 +65,6 @@ class Surviving:
         return cls(**{f.name: sum(part[f.name] for part in parts) for f in fields(cls)})  # type: ignore[arg-type]
 
 
-def row_sample(tensor: torch.Tensor, elements: int = 1 << 18) -> torch.Tensor:
-    """The first rows of a matrix, about `elements` numbers: enough to measure a share on."""
-    return tensor[: max(1, elements // tensor.shape[1])].contiguous()
+def row_sample(tensor: torch.Tensor) -> torch.Tensor:
+    """The first rows of a matrix, about a quarter of a million numbers: enough to measure a share on."""
+    return tensor[: max(1, 2**18 // tensor.shape[1])].contiguous()

@@ -44,6 +44,7 @@ KNOWN = (
 NOT_CONTINUED = ("mamba", "mamba2", "falcon_mamba", "jamba")
 # Models that keep states in their modules, where rows cannot leave.
 OWN_STATES = ("recurrent_gemma",)
+PIECE = 4096  # tokens of a beginning that are read at once
 PROBE = (24, 8)  # tokens that the probe of `why_not_shared` reads before and after the cut
 
 Layers = list[Any]  # one a layer of the model, of the cache's own classes
@@ -251,7 +252,7 @@ def bytes_of_one(model: nn.Module) -> tuple[int, int]:
     return fixed, bytes_of([layer for layer in layers if is_plain(layer)]) // 2
 
 
-def read_on(model: nn.Module, layers: Layers | None, ids: Sequence[int], start: int, chunk: int = 4096) -> Layers:
+def read_on(model: nn.Module, layers: Layers | None, ids: Sequence[int], start: int) -> Layers:
     """The layers after one row of tokens `ids` that stands at position `start`; `layers` is what was read before,
     None at the start. A row is always read alone and in the same pieces, so that it gives the same bits each time."""
     device = next(model.parameters()).device
@@ -259,8 +260,8 @@ def read_on(model: nn.Module, layers: Layers | None, ids: Sequence[int], start: 
     assert cache is not None
     if layers is not None:
         cache = Cache(layers=copied(layers))
-    for at in range(0, len(ids), chunk):
-        piece = torch.tensor([list(ids[at : at + chunk])], device=device)
+    for at in range(0, len(ids), PIECE):
+        piece = torch.tensor([list(ids[at : at + PIECE])], device=device)
         positions = torch.arange(start + at, start + at + piece.shape[1], device=device)[None]
         model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return list(cache.layers)

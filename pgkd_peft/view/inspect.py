@@ -345,7 +345,7 @@ def show_totals(
     return Panel(body, title="all rows", title_align="left")
 
 
-def histogram(values: Sequence[int], bins: int = 8, width: int = 20) -> str:
+def histogram(values: Sequence[int], bins: int = 8) -> str:
     """Counts of whole numbers as bars, one line a bin."""
     if not values:
         return "no rows"
@@ -355,7 +355,7 @@ def histogram(values: Sequence[int], bins: int = 8, width: int = 20) -> str:
     edges = [(low + i * step, min(high, low + (i + 1) * step - 1)) for i in range((high - low) // step + 1)]
     labels = [f"{a}" if a == b else f"{a}–{b}" for a, b in edges]
     wide, top = max(map(len, labels)), max(counts.values())
-    return "\n".join(f"{label:>{wide}} {bar(counts[i] / top, width)} {counts[i]}" for i, label in enumerate(labels))
+    return "\n".join(f"{label:>{wide}} {bar(counts[i] / top, 20)} {counts[i]}" for i, label in enumerate(labels))
 
 
 def bar(share: float, width: int) -> str:

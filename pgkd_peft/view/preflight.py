@@ -60,12 +60,12 @@ def show_effect(effect: Effect | None, console: Console) -> None:
     console.print(Panel(Group(*body), title="does the PI help?", title_align="left"))
 
 
-def _start(text: str, length: int = 160) -> str:
-    return visible(text if len(text) <= length else text[:length] + "…")
+def _start(text: str) -> str:
+    return visible(text if len(text) <= 160 else text[:160] + "…")
 
 
-def _end(text: str, length: int = 100) -> str:
-    return visible(text if len(text) <= length else "…" + text[-length:])
+def _end(text: str) -> str:
+    return visible(text if len(text) <= 100 else "…" + text[-100:])
 
 
 def cost_verdict(cost: Cost) -> tuple[str, bool]:

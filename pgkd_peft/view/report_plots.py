@@ -80,9 +80,9 @@ def gap_against_drift(paths: Sequence[Course]) -> str:
     )
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that enclose `low` to `high`, about `count` steps of them."""
-    rough = (high - low) / count
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers that enclose `low` to `high`, about four steps of them."""
+    rough = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
