@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError
@@ -63,21 +63,9 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--requantize", choices=["nf4", "int8"], help="quantize the result again (loses the adapter)")
     args = parser.parse_args(argv)
 
-    from ..export.merge import VerificationError, merge_adapter
+    from ..export.merge import merge_adapter
 
-    try:
-        merge_adapter(
-            args.adapter,
-            args.out,
-            dtype=args.dtype,
-            compare=args.compare,
-            force=args.force,
-            requantize=args.requantize,
-            **_common(args),
-        )
-    except VerificationError as error:
-        return _failed(error)
-    return 0
+    return _made(merge_adapter, args, "dtype", "compare", "force", "requantize")
 
 
 def export(argv: Sequence[str]) -> int:
@@ -100,34 +88,26 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--base-id", "--base_id", help="Hub id of a base that is only a local directory")
     args = parser.parse_args(argv)
 
-    from ..export.merge import VerificationError
     from ..export.publish import export_adapter
 
-    try:
-        export_adapter(
-            args.adapter,
-            args.out,
-            format=args.format,
-            gguf_type=args.gguf_type,
-            base_id=args.base_id,
-            **_common(args),
-        )
-    except VerificationError as error:
-        return _failed(error)
-    return 0
+    return _made(export_adapter, args, "format", "gguf_type", "base_id")
 
 
-def _common(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("base", "prompts", "tolerance", "quantization", "base_model", "push_to_hub", "trust_remote_code")
+def _made(make: Callable[..., Any], args: argparse.Namespace, *own: str) -> int:
+    """Call `make` with what both commands have and its `own` arguments; returns the exit code."""
+    from ..export.merge import VerificationError
+
+    names = ("base", "prompts", "tolerance", "quantization", "base_model", "push_to_hub", "trust_remote_code", *own)
     if args.score_data and (args.no_verify or getattr(args, "format", "gguf") != "gguf"):
         raise ConfigError("--score-data is read by the measurement of a merged model; leave it or --no-verify out")
     score = task_score(args.score_data, args.scorer) if args.score_data else None
-    return {**{name: getattr(args, name) for name in names}, "verify": not args.no_verify, "score": score}
-
-
-def _failed(error: Exception) -> int:
-    print(f"pgkd: {error}", file=sys.stderr)
-    return 1
+    given = {name: getattr(args, name) for name in names}
+    try:
+        make(args.adapter, args.out, verify=not args.no_verify, score=score, **given)
+    except VerificationError as error:
+        print(f"pgkd: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def task_score(data: str, spec: str) -> Score:

@@ -7,7 +7,7 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -94,15 +94,7 @@ def merge_adapter(
         PGKDError: a mistake in the arguments or the files.
     """
     started = time.time()
-    for flag, value, accepted in (
-        ("base", base, BASES),
-        ("dtype", dtype, DTYPES),
-        ("requantize", requantize, ("nf4", "int8")),
-    ):
-        if value not in accepted and not (flag == "requantize" and value is None):
-            raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
+    check_flags(tolerance, base=(base, BASES), dtype=(dtype, DTYPES), requantize=(requantize, ("nf4", "int8", None)))
     target = _free_target(Path(out).resolve(), force)
     check_writable(target, "--out")
     run = read_run(adapter, quantization=quantization, base_model=base_model, log=log)
@@ -161,6 +153,17 @@ def merge_adapter(
         log(f"Pushed to {publish.push(target, push_to_hub)}")
     log(next_lines(after_merge(target)))
     return report
+
+
+def check_flags(tolerance: float | None, **choices: tuple[str | None, Iterable[str | None]]) -> None:
+    """Raises ConfigError for a tolerance that nothing can pass, and for a flag (flag -> value, accepted values)."""
+    for flag, (value, accepted) in choices.items():
+        if value not in accepted:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is {value!r}; accepted are {', '.join(filter(None, accepted))}"
+            )
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
 
 
 def _free_target(target: Path, force: bool) -> Path:

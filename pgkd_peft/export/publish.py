@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from . import card as publish
 from .adapter import AdapterRun, check_base, load_trained, read_run, wrong_base
 from .gguf import TYPES, GGUFSummary, write_gguf_lora, write_gguf_model
 from .kquants import K_QUANTS, compare_files, quantize, quantizer
-from .merge import TOLERANCE, VerificationError
+from .merge import TOLERANCE, VerificationError, check_flags
 from .merged_weights import BASES, MergedWeights
 from .modelfile import MODELFILE, modelfile
 from .next_steps import after_gguf, after_gguf_lora, after_peft, next_lines
@@ -149,21 +148,13 @@ def _check_asked(
     target: Path, out: str, format: str, gguf_type: str, base: str, base_id: str | None, tolerance: float | None
 ) -> None:
     """What can be known to be wrong before anything is read."""
-    for flag, value, accepted in (
-        ("format", format, FORMATS),
-        ("gguf-type", gguf_type, GGUF_TYPES),
-        ("base", base, BASES),
-    ):
-        if value not in accepted:
-            raise ConfigError(f"--{flag} is {value!r}; accepted are {', '.join(accepted)}")
+    check_flags(tolerance, format=(format, FORMATS), gguf_type=(gguf_type, GGUF_TYPES), base=(base, BASES))
     if base_id is not None and not is_hub_id(base_id):
         raise ConfigError(f"--base-id is {base_id!r}, which is no Hub id; give ORG/NAME.")
     if format != "peft" and target.suffix != ".gguf":
         raise ConfigError(f"--out {out} must end in .gguf for --format {format}: it is a file")
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ConfigError(f"--out {out} exists already; give another")
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise ConfigError(f"--tolerance is {tolerance}; give a KL in nats/token above 0")
     check_writable(target, "--out")
     if format == "gguf" and gguf_type in K_QUANTS:
         quantizer()
