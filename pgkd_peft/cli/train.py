@@ -218,10 +218,10 @@ def make_trainer(
 
     name, teacher = model.model_name_or_path, config.teacher_model_name_or_path
     if student is None:
-        return PrivilegedSelfDistillTrainer(name, teacher, **common)
+        return PrivilegedSelfDistillTrainer(model=name, teacher_model=teacher, **common)
     tokenizer = find_tokenizer(name, None, config)
     init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None  # used already, when it was loaded
-    trainer = PrivilegedSelfDistillTrainer(student, teacher, processing_class=tokenizer, **common)
+    trainer = PrivilegedSelfDistillTrainer(model=student, teacher_model=teacher, processing_class=tokenizer, **common)
     trainer.args.model_init_kwargs = init_kwargs
     return trainer
 
