@@ -233,17 +233,17 @@ def check_numbers(config: GKDConfig) -> None:
 
 def number(config: GKDConfig, name: str, kind: type) -> Any:
     """The field as a finite number of that kind; text (of a command line, or a recipe) is converted in place."""
-    value = getattr(config, name)
+    value, what = getattr(config, name), "a whole number" if kind is int else "a number"
     if isinstance(value, str):
         try:
             value = kind(value)
         except ValueError:
-            raise ConfigError(f"{name} is {value!r}; it must be a number.") from None
+            raise ConfigError(f"{name} is {value!r}; it must be {what}.") from None
         setattr(config, name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} is {value}; it must be a finite number.")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
-        raise ConfigError(f"{name} is {value!r}; it must be {'a whole number' if kind is int else 'a number'}.")
+        raise ConfigError(f"{name} is {value!r}; it must be {what}.")
     if kind is int and abs(value) > sys.maxsize:
         raise ConfigError(f"{name} is {value}; that is more than a computer counts to.")
     if kind is int and isinstance(value, float):  # 64.0 counts nothing
