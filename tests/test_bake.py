@@ -615,19 +615,3 @@ def test_html_is_read_with_its_headings(tmp_path):
     page.write_text("<html><body><h1>Harbour</h1><p>The lighthouse at Ammersby is violet.</p></body></html>")
     (passage,) = split_documents(read.documents([str(page)]))
     assert (passage.headings, passage.text) == (("Harbour",), "The lighthouse at Ammersby is violet.")
-
-
-def test_the_command_that_comes_next_names_the_text(tmp_path, monkeypatch):
-    from pgkd_peft.cli.bake import BakeArguments, text_file
-    from pgkd_peft.export.next_steps import after_training, next_lines
-
-    monkeypatch.chdir(tmp_path)
-    Path("the tone.md").write_text("Be brief.")
-    assert text_file(BakeArguments(document=["the tone.md"])) == "the tone.md"
-    assert text_file(BakeArguments(system_prompt="the tone.md")) == "the tone.md"
-    for others in ({"system_prompt": "Be brief."}, {"document": ["the tone.md", "b.md"]}, {"document": ["a.pdf"]}):
-        assert text_file(BakeArguments(**others)) is None
-    told = next_lines(after_training("runs/a b", "the tone.md")).splitlines()
-    assert told[0] == "Next:"
-    assert told[1].startswith("  pgkd chat 'runs/a b' --privileged_file 'the tone.md'   # ")
-    assert told[-1].startswith("  pgkd merge 'runs/a b' --out 'runs/a b-merged'   # ")

@@ -321,7 +321,7 @@ def test_what_needs_no_model_is_told_before_one_is_loaded(base, tmp_path, capsys
 
 
 def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
-    from pgkd_peft.cli.bake import parse
+    from pgkd_peft.cli.bake_arguments import parse
 
     recipe = tmp_path / "bake.yaml"
     recipe.write_text("document: [a.md, b.md]\nquestions: 7\nbeta: 0.5\nmodel_name_or_path: M\n")
@@ -334,7 +334,7 @@ def test_a_recipe_may_hold_both_kinds_of_settings(tmp_path):
 
 def test_a_flag_counts_however_it_is_written(tmp_path):
     from pgkd_peft.cli.arguments import parse_train
-    from pgkd_peft.cli.bake import parse
+    from pgkd_peft.cli.bake_arguments import parse
 
     recipe = tmp_path / "bake.yaml"
     recipe.write_text("output_dir: from-recipe\nmax_completion_length: 64\ngap_filter: true\ndry_run: false\n")
@@ -476,3 +476,18 @@ def test_a_run_that_is_no_bake_is_left_alone(base, tmp_path, capsys):
     (tmp_path / "doc.md").write_text(DOCUMENT)
     assert cli.main(flags(base, tmp_path, tmp_path / "doc.md", "http://127.0.0.1:1/v1")) == 2
     assert "holds a run that is no bake" in capsys.readouterr().err
+
+
+def test_the_command_that_comes_next_names_the_text(tmp_path, monkeypatch):
+    from pgkd_peft.cli.bake_arguments import BakeArguments
+    from pgkd_peft.export.next_steps import after_training, next_pgkd
+
+    monkeypatch.chdir(tmp_path)
+    Path("the tone.md").write_text("Be brief.")
+    assert BakeArguments(document=["the tone.md"]).text_file == "the tone.md"
+    assert BakeArguments(system_prompt="the tone.md").text_file == "the tone.md"
+    for others in ({"system_prompt": "Be brief."}, {"document": ["the tone.md", "b.md"]}, {"document": ["a.pdf"]}):
+        assert BakeArguments(**others).text_file is None
+    told = next_pgkd(*after_training("runs/a b", "the tone.md")).splitlines()
+    assert told[0] == "Next: pgkd chat 'runs/a b' --privileged_file 'the tone.md'"
+    assert told[-1] == "      pgkd merge 'runs/a b' --out 'runs/a b-merged'"

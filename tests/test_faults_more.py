@@ -132,7 +132,11 @@ def test_an_output_folder_that_is_a_file(place, tmp_path, says):  # noqa: F811
         ("a.tsv", b"messages,x\na,b\n", "are its cells divided by ','"),
         ("a.csv", "messages,x\né,b\n".encode("latin-1"), "write it as UTF-8"),
         ("a.jsonl", b"\x00" * 400, "Expecting value"),
-        ("a.jsonl", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff" + bytes(range(200, 256)), "write it as UTF-8"),
+        (
+            "a.jsonl",
+            b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff" + bytes(range(200, 256)),
+            "is gzip data under another name",
+        ),
     ],
 )
 def test_files_that_are_something_else_are_called_what_they_are(tmp_path, name, content, words):

@@ -13,7 +13,7 @@ from tiny import TINY_RUN, byte_tokenizer, save_tiny, tiny_model
 from pgkd_peft import DataCollatorForPrivilegedGKD
 from pgkd_peft.cli.main import main as pgkd
 from pgkd_peft.data.files import to_dataset
-from pgkd_peft.data.holdout import hold_out, trained_on, usual_count, write_trained
+from pgkd_peft.data.holdout import hold_out, trained_on, trained_prompts, usual_count
 from pgkd_peft.errors import ConfigError
 from pgkd_peft.evaluation.nats import recovered_nats
 from pgkd_peft.model.load import attach_lora
@@ -84,7 +84,7 @@ def test_few_rows_and_a_count():
 def test_rows_that_were_trained_on_are_known(tmp_path):
     rows = [row(f"q{i}", f"fact {i}") for i in range(4)]
     assert trained_on(tmp_path / "none.txt", rows, KEY) is None
-    write_trained(tmp_path / "trained.txt", to_dataset(rows), KEY)
+    (tmp_path / "trained.txt").write_text(trained_prompts(to_dataset(rows), KEY))
     other = [row("q1", "another fact", "another answer"), row("new", "fact 1")]
     assert trained_on(tmp_path / "trained.txt", other, KEY) == 1
     assert trained_on(tmp_path / "trained.txt", list(to_dataset(rows)), KEY) == 4
@@ -218,7 +218,7 @@ def test_the_next_line_works_where_nothing_is_held_out_and_nothing_scores(run, t
     flags = ["--config", str(run / "recipe.yaml"), "--dataset_name", str(tmp_path / "few.jsonl")]
     assert pgkd(["train", *flags, "--output_dir", str(folder), "--lmbda", "1.0"]) == 0
     said = capsys.readouterr().out
-    (command,) = re.findall(r"^  pgkd (eval .*?)   #", said.partition("Next:\n")[2], flags=re.M)
+    (command,) = re.findall(r"^Next: pgkd (eval .*)$", said, flags=re.M)
     import shlex
 
     assert pgkd(shlex.split(command)) == 0

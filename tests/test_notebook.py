@@ -126,7 +126,7 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 def test_the_bake_s_notebook_gives_flags_that_there_are():
     from pgkd_peft.cli.arguments import parse_train
-    from pgkd_peft.cli.bake import parse
+    from pgkd_peft.cli.bake_arguments import parse
 
     notebook = nbformat.read(ROOT / "examples" / "bake_colab.ipynb", 4)
     nbformat.validate(notebook)

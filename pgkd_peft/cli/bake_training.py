@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..bake import pipeline
-from ..export.next_steps import after_training, next_lines
+from ..export.next_steps import after_training, next_pgkd
 from ..run.checkpoint import checkpoints, is_saved
 from ..run.folder import (
     BAKE_FILE,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..bake.keep import Keeper
     from ..bake.questions import Question
     from .arguments import DataArguments
-    from .bake import Job
+    from .bake_arguments import Job
 
 EPOCHS = 4.0
 LEAST_STEPS = 100
@@ -86,7 +86,7 @@ def train_and_judge(
     if rest:
         told = f"{len(rest)} of {len(passages)} passages were hardly taken over"
         console.print(f"{told}: the same command with --more asks about them again", highlight=False)
-    console.print(next_lines(after_training(folder, job.args.text_file)), highlight=False, markup=False, soft_wrap=True)
+    console.print(next_pgkd(*after_training(folder, job.args.text_file)), highlight=False, markup=False, soft_wrap=True)
 
 
 def rate_and_steps(job: Job, flags: list[str], student: PeftModel, rows: int) -> list[str]:

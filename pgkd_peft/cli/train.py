@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PrivilegedGKDConfig
 from ..data.files import NoSplitError
-from ..data.holdout import hold_out, write_trained
+from ..data.holdout import hold_out, trained_prompts
 from ..data.load import give_privileged
 from ..data.named import data_path, load_named, own_held_out, split_of
 from ..errors import ConfigError, DataError, RunFinished, explained
-from ..export.next_steps import after_training, next_lines
+from ..export.next_steps import after_training, next_pgkd
 from ..run.checkpoint import check_run_folder, clear_run_folder, explain_full_disk, finished_at, is_saved
 from ..run.console import fitted
 from ..run.folder import CARD_FILE, HOLDOUT_FILE, RECIPE_FILE, RUN_FILE, TRAINED_FILE, find_in_run
@@ -68,11 +68,9 @@ def main(argv: Sequence[str]) -> int:
     if data.control is not None:
         run = shlex.quote(str(Path(folder).parent.parent))
         print(f"It is the control {data.control!r}.")
-        commands = [(f"pgkd eval {run} --controls {data.control}", "compare the run with it")]
+        print(next_pgkd(f"pgkd eval {run} --controls {data.control}"))
     else:
-        commands = [(f"pgkd eval {shlex.quote(folder)}", "judge it; other rows: --dataset_name FILE")]
-        commands += after_training(folder)
-    print(next_lines(commands))
+        print(next_pgkd(f"pgkd eval {shlex.quote(folder)}", *after_training(folder)))
     return 0
 
 
@@ -144,7 +142,7 @@ def _run(
             clear_run_folder(folder)
         write_recipe(folder / RECIPE_FILE, data.told)
         write_holdout(folder / HOLDOUT_FILE, held_out)
-        write_trained(folder / TRAINED_FILE, train_dataset, config.privileged_key)
+        write_whole(folder / TRAINED_FILE, trained_prompts(train_dataset, config.privileged_key))
 
     trainer.run_info.when_begun.append(begin)
     try:

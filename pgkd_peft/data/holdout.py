@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..run.jsonl import write_whole
 from .contexts import privileged_as_text
 from .row import ParsedRow, parsed_or_none
 
@@ -143,9 +142,9 @@ def digests(rows: Iterable[Any], privileged_key: str) -> list[str]:
     return [prompt_digest(row) if row is not None else "" for row in parsed]
 
 
-def write_trained(path: Path, rows: Iterable[Any], privileged_key: str) -> None:
-    """The prompts that were trained on, one digest a line."""
-    write_whole(path, "".join(f"{digest}\n" for digest in dict.fromkeys(digests(rows, privileged_key))))
+def trained_prompts(rows: Iterable[Any], privileged_key: str) -> str:
+    """The prompts that are trained on, one digest a line: what :func:`trained_on` reads."""
+    return "".join(f"{digest}\n" for digest in dict.fromkeys(digests(rows, privileged_key)))
 
 
 def trained_on(path: Path, rows: Iterable[Any], privileged_key: str) -> int | None:

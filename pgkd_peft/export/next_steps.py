@@ -16,7 +16,12 @@ def next_lines(commands: list[tuple[str, str]]) -> str:
     return "\n".join(["Next:", *(f"  {command}   # {what}" for command, what in commands)])
 
 
-def after_training(folder: str | Path, text: str | None = None) -> list[tuple[str, str]]:
+def next_pgkd(*commands: str) -> str:
+    """Our own commands, under one another; what they do stands in `pgkd -h`."""
+    return "Next: " + "\n      ".join(commands)
+
+
+def after_training(folder: str | Path, text: str | None = None) -> tuple[str, ...]:
     """Of a run.
 
     Args:
@@ -24,11 +29,7 @@ def after_training(folder: str | Path, text: str | None = None) -> list[tuple[st
     """
     run, merged = shlex.quote(str(folder)), shlex.quote(f"{str(folder).rstrip('/')}-merged")
     read = f" --privileged_file {shlex.quote(text)}" if text is not None else ""
-    return [
-        (f"pgkd chat {run}{read}", "ask base and student" if text is None else "ask base, base with the text, student"),
-        (f"pgkd report {run}", "the run as a page"),
-        (f"pgkd merge {run} --out {merged}", "a plain 16-bit model"),
-    ]
+    return f"pgkd chat {run}{read}", f"pgkd report {run}", f"pgkd merge {run} --out {merged}"
 
 
 def after_merge(target: Path) -> list[tuple[str, str]]:

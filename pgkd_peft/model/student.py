@@ -12,12 +12,9 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTra
 
 from ..config import PrivilegedGKDConfig, compute_dtype
 from ..errors import ConfigError, ModelError, explained, read_object, read_text
-from ..run.folder import RUN_FILE, find_in_run
-from ..run.jsonl import read_json
 from .adapters import ADAPTER_FILE, STUDENT, load_adapter, refuse_broken_numbers
 from .architecture import fused_experts, lora_targets, shares
 from .cpu import guard_cpu_linear4bit, use_short_backward
-from .frozen import FrozenCheck
 from .head import check_head_frozen, refuse_trainable_head
 from .load import (
     attach_lora,
@@ -26,7 +23,6 @@ from .load import (
     load_base,
     load_tokenizer,
     prepare_tokenizer,
-    quantization_name,
     tensor_shapes,
 )
 from .lora import check_lora, check_names_of
@@ -236,25 +232,7 @@ def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     with explained(f"the adapter {adapter} does not fit its base {name_of(model)!r}", advice=advice):
         student = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     load_adapter(student, Path(adapter))  # PEFT only warns of missing tensors
-    refuse_other_base(student, Path(adapter))
     return student
-
-
-def refuse_other_base(student: PeftModel, adapter: Path) -> None:
-    """Raises ModelError where ``run.json`` says that the adapter was trained on other weights, held as these are."""
-    path, base = find_in_run(adapter, RUN_FILE), base_of(student)
-    info = read_json(path) if path is not None else {}
-    dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    quantization = getattr(base.config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    alike = (info.get("base_quantization"), info.get("compute_dtype")) == (quantization_name(quantization), dtype)
-    alike = alike and str(info.get("device")).startswith("CPU") == (base.device.type == "cpu")
-    if alike and info.get("base_digest") and FrozenCheck(student).digest != info["base_digest"]:
-        raise ModelError(
-            f"the adapter {adapter} was trained on another base: the weights of {name_of(base)!r} have another digest "
-            f"than {path} holds. An adapter means nothing on other weights; bring the old base back."
-        )
 
 
 def _check_peft_model(model: PeftModel, peft_config: PeftConfig | None) -> None:

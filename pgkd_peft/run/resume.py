@@ -8,13 +8,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
-from ..errors import CheckpointError, PGKDError, explained, read_object, reason
+from ..errors import CheckpointError, ModelError, PGKDError, explained, read_object, reason
+from ..model.frozen import FrozenCheck
+from ..model.load import base_of, quantization_name
 from ..trl_compat import set_log_progress
-from .folder import RUN_FILE, progress_name
+from .folder import RUN_FILE, find_in_run, progress_name
+from .jsonl import read_json
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_other_base(student: PeftModel, adapter: Path) -> None:
+    """Raises ModelError where ``run.json`` says that the adapter was trained on other weights, held as these are."""
+    path, base = find_in_run(adapter, RUN_FILE), base_of(student)
+    info = read_json(path) if path is not None else {}
+    dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    quantization = getattr(base.config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    alike = (info.get("base_quantization"), info.get("compute_dtype")) == (quantization_name(quantization), dtype)
+    alike = alike and str(info.get("device")).startswith("CPU") == (base.device.type == "cpu")
+    if alike and info.get("base_digest") and FrozenCheck(student).digest != info["base_digest"]:
+        raise ModelError(
+            f"the adapter {adapter} was trained on another base: the weights of {base.name_or_path!r} have another "
+            f"digest than {path} holds. An adapter means nothing on other weights; bring the old base back."
+        )
 
 
 def check_belongs(folder: Path, now: dict[str, Any]) -> None:
