@@ -36,6 +36,7 @@ SENTENCES: dict[str, list[str]] = {
         "{three_flags_high:.2f}, n={three_flags_n}) at drift {three_flags_drift:.3f} after {three_flags_steps} steps "
         "in {three_flags_seconds} s, and {three_flags_phrasings_recovered:.2f} on {three_flags_phrasings_n} further "
         "phrasings",
+        "recover {defaults_terse:.2f} and {defaults_siqa:.2f} of the gap with nothing",
         "forgets {sft_drift_times:.0f} times as much of everything else",
         "takes {step_pgkd} s, one of TRL's `SDFTTrainer` {step_sdft} s; a text",
         "a merge is {merge_kl} nats a token from the model",

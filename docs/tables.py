@@ -507,6 +507,7 @@ def figures() -> dict[str, Any]:
         )
     (merged,) = (row for row in table_of_exports["rows"] if (row["base"], row["dtype"]) == ("dequantized", "bf16"))
     values["merge_kl"] = f"{merged['kl_mean']:.1e}".replace("e-0", "e-")
+    values |= {f"defaults_{line['name']}": line["recovered"] for line in lines("defaults.jsonl")}
     for name, runs in (("ours", ours), ("floor", floor)):
         for part in ("rollout", "teacher", "student"):
             values[f"{name}_{part}"] = spread(column(runs, f"{part}_seconds"), ".1f")
