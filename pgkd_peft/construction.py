@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -23,14 +22,7 @@ from .errors import ConfigError
 from .model.architecture import warn_of_long_rope, zero_dropout
 from .model.head import Head
 from .model.load import base_of
-from .model.student import (
-    build_student,
-    context_length,
-    embedding_rows,
-    find_tokenizer,
-    hidden_size,
-    is_adapter_folder,
-)
+from .model.student import build_student, context_length, embedding_rows, find_tokenizer, hidden_size
 from .run.console import logger, show_log_lines
 from .run.resume import refuse_other_base
 from .scoring import add_hidden_states_forward
@@ -102,8 +94,7 @@ def prepare(
     # One base, one adapter that trains, and perhaps another teacher.
     set_seed(args.seed)
     student, loaded = build_student(model, args, peft_config, quantization_config)
-    if is_adapter_folder(model):
-        refuse_other_base(student, Path(model))
+    refuse_other_base(student, model)
     separate = None
     if not args.share_student_as_teacher:
         separate = build_separate_teacher(teacher_model, args, quantization_config)

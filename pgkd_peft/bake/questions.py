@@ -103,9 +103,9 @@ def _parsed(record: Any, known: set[str], passages: int) -> Question:
         value = getattr(question, f.name)
         if type(value) not in _TYPES[str(f.type)]:
             raise ValueError(f"{f.name} is {value!r}; it is {f.type}")
-    if not isinstance(question.question, str) or not question.question.strip():
+    if not question.question.strip():
         raise ValueError("question is empty; write one, or delete the line")
-    if question.passage is not None and not (isinstance(question.passage, int) and 0 <= question.passage < passages):
+    if question.passage is not None and not 0 <= question.passage < passages:
         raise ValueError(f"passage is {question.passage!r}; there are passages 0 to {passages - 1}")
     if question.use not in ("", *USES):
         raise ValueError(f"use is {question.use!r}; accepted are {', '.join(USES)}, or leave it out")

@@ -26,7 +26,7 @@ from ..data.named import model_name, model_path
 from ..errors import ConfigError, explained, read_text, reason
 from ..evaluation.scorers import make_scorer
 from ..run.folder import ADAPTER_CONFIG, RECIPE_FILE
-from .help import HelpFormatter
+from .help import CHOSEN, FIRST, HELP, HelpFormatter
 from .trl_names import translate_flags, translate_recipe
 
 
@@ -178,51 +178,6 @@ class ModelArguments(ModelConfig):
             self.lora_target_modules = [self.lora_target_modules]
 
 
-# What a first run is told, in this order; inherited settings in our words, where TRL's do not say what happens here;
-# and what nobody needs to give.
-FIRST = (
-    "help",
-    "config",
-    "model_name_or_path",
-    "dataset_name",
-    "output_dir",
-    "max_steps",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "max_new_tokens",
-    "lmbda",
-    "beta",
-    "resume",
-    "overwrite",
-)
-HELP = {
-    "model_name_or_path": "The base: a folder, a Hub id or builtin:SmolLM2-135M-Instruct; or an adapter to train on.",
-    "output_dir": "The run folder: adapter, model card, logs and results. Default: trainer_output.",
-    "learning_rate": "Peak rate of AdamW.",
-    "max_steps": "Optimizer steps; wins over num_train_epochs (3).",
-    "per_device_train_batch_size": "Rows of a micro-batch, on each GPU.",
-    "gradient_accumulation_steps": "Micro-batches of an optimizer step.",
-    "max_length": "Most tokens of a conversation with its answer; a longer row is an error (see skip_long_prompts).",
-    "max_new_tokens": "Most tokens of an answer that is written.",
-    "lmbda": "Share of the steps that train on the student's own answers; the others take those of the data.",
-    "beta": "The divergence: 0 is forward KL(teacher || student), 1 reverse KL, between them Jensen-Shannon.",
-    "temperature": "Of sampling the student's answers.",
-    "seq_kd": "Where the data's answers would be taken, the teacher writes them, reading the PI.",
-    "teacher_model_name_or_path": "Another model as teacher, with share_student_as_teacher false.",
-}
-CHOSEN = {
-    "gradient_checkpointing",
-    "learning_rate",
-    "logging_steps",
-    "lr_scheduler_type",
-    "max_steps",
-    "normalize_beta",
-    "privileged_placement",
-    "rollout_log_steps",
-    "warmup_steps",
-}
 NEEDED = ("--model_name_or_path MODEL --dataset_name ROWS", "--output_dir DIR")
 _SENTENCE_ENDS = re.compile(r"(?<=[.)]) (?=[A-Z`])")
 

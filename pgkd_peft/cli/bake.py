@@ -25,6 +25,7 @@ from ..run.folder import (
 from ..run.jsonl import read_json, write_json
 from ..run.place import locked
 from .arguments import parse_train
+from .bake_arguments import SYSTEM_PROMPT, BakeArguments, Job, grouped, parse
 from .bake_training import train_and_judge
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from ..bake.questions import Question
     from ..config import PrivilegedGKDConfig
     from .arguments import DataArguments, ModelArguments
-from .bake_arguments import SYSTEM_PROMPT, BakeArguments, Job, grouped, parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,7 +55,7 @@ def bake(args: BakeArguments, train_flags: list[str]) -> int:
         raise ConfigError("--resume and --overwrite exclude each other; keep one.")
     with explain_full_disk(folder), locked(folder):
         if args.more:
-            return more(args, train_flags, passages, requests)
+            return more(args, train_flags, passages, requests, (model, config))
         return bake_all(args, train_flags, passages, requests, (data, model, config))
 
 
@@ -78,11 +78,16 @@ def bake_all(
     budget = pipeline.Budget(args.minutes * 60 if args.minutes else None)
     plan = pipeline.Plan(args.wanted, args.anchors, requests, is_prompt=args.is_prompt, seed=config.seed)
     job = Job(args, passages, model, config, folder, state, plan, budget, Console(), data.overwrite)
+    return ask_and_train(job, train_flags)
+
+
+def ask_and_train(job: Job, train_flags: list[str], earlier: Sequence[Question] = ()) -> int:
+    """Questions, and where that is not all that was asked for the training; of `earlier` questions as well."""
     questions, keeper, student = write_questions(job)
-    if args.dry_run:
-        job.console.print(f"Read and edit {folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
+    if job.args.dry_run:
+        job.console.print(f"Read and edit {job.folder / QUESTIONS_FILE}; the same command without --dry_run trains.")
         return 0
-    train_and_judge(job, train_flags, questions, keeper, student)
+    train_and_judge(job, train_flags, [*earlier, *questions], keeper, student)
     return 0
 
 
@@ -210,6 +215,8 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper, PeftModel]:
     if job.adapter is not None:
         lora = LoraConfig.from_pretrained(str(job.adapter), inference_mode=False)
     student, loaded = build_student(name, config, lora, quantization_config(job.model, config))
+    if job.adapter is not None:
+        refuse_other_base(student, str(job.adapter))
     console.print(loaded, highlight=False, markup=False)
     accept(job)
     engine = RolloutEngine(student, config.rollout_engine, base_of(student).get_input_embeddings().weight.dtype)
@@ -238,7 +245,6 @@ def write_questions(job: Job) -> tuple[list[Question], Keeper, PeftModel]:
     keeper.model = None  # type: ignore[assignment]  # the engine's copy is let go of
     if job.adapter is not None:
         load_adapter(student, job.adapter)
-        refuse_other_base(student, job.adapter)
     return questions, keeper, student
 
 
@@ -285,15 +291,20 @@ def check_texts(collator: Any, passages: Sequence[Passage], requests: Sequence[s
         encoded_by_name(collator, row, f"the request {request[:40]!r}")
 
 
-def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage], requests: Sequence[str]) -> int:
+def more(
+    args: BakeArguments,
+    train_flags: list[str],
+    passages: Sequence[Passage],
+    requests: Sequence[str],
+    parsed: tuple[ModelArguments, PrivilegedGKDConfig],
+) -> int:
     """Ask about the pale passages with openings not used yet, and train on from the newest adapter, in a folder below
     that of the bake."""
     from rich.console import Console
 
     from ..bake import coverage
 
-    flags = [*train_flags, "--dataset_name", "bake"]
-    _, model, config = parse_train(flags, prog="pgkd bake")
+    model, config = parsed
     folder = Path(str(config.output_dir))
     if not is_finished(folder):
         raise ConfigError(f"--more goes on from a finished bake, and there is none in {str(folder)!r}")
@@ -330,14 +341,8 @@ def more(args: BakeArguments, train_flags: list[str], passages: Sequence[Passage
         seed=config.seed + number,
     )
     job = Job(args, passages, model, config, target, state, plan, budget, console, adapter=newest)
-    questions, keeper, student = write_questions(job)
-    if args.dry_run:
-        console.print(f"Read and edit {target / QUESTIONS_FILE}; the same command without --dry_run trains.")
-        return 0
     kept = [q for q in earlier if q.use in ("train", "anchor", "heldout")]  # so that what was learnt stays
-    flags += ["--model_name_or_path", str(newest)]
-    train_and_judge(job, flags, [*kept, *questions], keeper, student)
-    return 0
+    return ask_and_train(job, [*flags, "--model_name_or_path", str(newest)], kept)
 
 
 def rounds_of(folder: Path) -> list[Path]:

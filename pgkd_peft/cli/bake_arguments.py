@@ -22,17 +22,12 @@ if TYPE_CHECKING:
     from .arguments import ModelArguments
 
 SYSTEM_PROMPT = "system prompt"  # the source of its passage
-
-
 DESCRIPTION = """Teach a model a document, or a system prompt, from its text alone: questions about it are written and
 sifted, an adapter is trained to answer them without the text, and what it took over is measured. All settings of
 `pgkd train` can be given too (`pgkd train --help`)."""
 
-
 # What the documents' template says: the base reads the text before the question, so equal texts are read once.
 DOCUMENT_TEMPLATE = "Text: {privileged}\n\nAnswer from the text. {question}"
-
-
 # Settings of `pgkd train` that a bake has values of its own for; giving one wins.
 SETTINGS: dict[str, Any] = {
     "beta": 0.0,  # forward KL: put probability on the words of the text

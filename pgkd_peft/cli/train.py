@@ -204,19 +204,21 @@ def make_trainer(
         "train_dataset": train_dataset,
         "eval_dataset": held_out if config.eval_strategy != "no" else None,
         "callbacks": callbacks,
-        "peft_config": lora_config(model) if student is None else None,
-        "quantization_config": quantization_config(model, config) if student is None else None,
+    }
+    to_load: dict[str, Any] = {
+        "peft_config": lora_config(model),
+        "quantization_config": quantization_config(model, config),
     }
     if data.control == "sft":
         from ..evaluation.sft_control import SFTControlTrainer
 
-        return SFTControlTrainer(str(model.model_name_or_path), **common)
+        return SFTControlTrainer(str(model.model_name_or_path), **common, **to_load)
     from ..model.student import find_tokenizer
     from ..trainer import PrivilegedSelfDistillTrainer
 
     name, teacher = model.model_name_or_path, config.teacher_model_name_or_path
     if student is None:
-        return PrivilegedSelfDistillTrainer(model=name, teacher_model=teacher, **common)
+        return PrivilegedSelfDistillTrainer(model=name, teacher_model=teacher, **common, **to_load)
     tokenizer = find_tokenizer(name, None, config)
     init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None  # used already, when it was loaded
     trainer = PrivilegedSelfDistillTrainer(model=student, teacher_model=teacher, processing_class=tokenizer, **common)

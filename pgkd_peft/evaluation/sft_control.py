@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -18,14 +17,7 @@ from ..data.collator import DataCollatorForPrivilegedGKD
 from ..data.named import model_name
 from ..errors import ConfigError, explained
 from ..model.architecture import zero_dropout
-from ..model.student import (
-    build_student,
-    context_length,
-    embedding_rows,
-    find_tokenizer,
-    hidden_size,
-    is_adapter_folder,
-)
+from ..model.student import build_student, context_length, embedding_rows, find_tokenizer, hidden_size
 from ..run.console import show_log_lines
 from ..run.resume import refuse_other_base
 from ..trl_compat import keep_adapter
@@ -61,8 +53,7 @@ class SFTControlTrainer(RunTrainer):
         rows, report = checked_rows(train_dataset, collator, args, "train_dataset")
         set_seed(args.seed)
         student, loaded = build_student(model, args, peft_config, quantization_config)
-        if is_adapter_folder(model):
-            refuse_other_base(student, Path(model))
+        refuse_other_base(student, model)
         settle_training(args, hidden_size(student), len(rows))
         with explained("TRL or Transformers refuse these settings", ConfigError), keep_adapter(student, args):
             if args.disable_dropout:

@@ -16,15 +16,7 @@ from .adapters import ADAPTER_FILE, STUDENT, load_adapter, refuse_broken_numbers
 from .architecture import fused_experts, lora_targets, shares
 from .cpu import guard_cpu_linear4bit, use_short_backward
 from .head import check_head_frozen, refuse_trainable_head
-from .load import (
-    attach_lora,
-    base_of,
-    check_source,
-    load_base,
-    load_tokenizer,
-    prepare_tokenizer,
-    tensor_shapes,
-)
+from .load import attach_lora, base_of, check_source, load_base, load_tokenizer, prepare_tokenizer, tensor_shapes
 from .lora import check_lora, check_names_of
 
 logger = logging.getLogger(__name__)

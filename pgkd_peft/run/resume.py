@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from ..errors import CheckpointError, ModelError, PGKDError, explained, read_object, reason
 from ..model.frozen import FrozenCheck
 from ..model.load import base_of, quantization_name
+from ..model.student import is_adapter_folder
 from ..trl_compat import set_log_progress
 from .folder import RUN_FILE, find_in_run, progress_name
 from .jsonl import read_json
@@ -21,9 +22,12 @@ from .jsonl import read_json
 logger = logging.getLogger(__name__)
 
 
-def refuse_other_base(student: PeftModel, adapter: Path) -> None:
-    """Raises ModelError where ``run.json`` says that the adapter was trained on other weights, held as these are."""
-    path, base = find_in_run(adapter, RUN_FILE), base_of(student)
+def refuse_other_base(student: PeftModel, model: Any) -> None:
+    """Raises ModelError where `model`, which the student comes from, is an adapter's folder, and its ``run.json`` says
+    that it was trained on other weights, held as these are."""
+    if not is_adapter_folder(model):
+        return
+    path, base = find_in_run(Path(model), RUN_FILE), base_of(student)
     info = read_json(path) if path is not None else {}
     dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
     quantization = getattr(base.config, "quantization_config", None)
@@ -33,7 +37,7 @@ def refuse_other_base(student: PeftModel, adapter: Path) -> None:
     alike = alike and str(info.get("device")).startswith("CPU") == (base.device.type == "cpu")
     if alike and info.get("base_digest") and FrozenCheck(student).digest != info["base_digest"]:
         raise ModelError(
-            f"the adapter {adapter} was trained on another base: the weights of {base.name_or_path!r} have another "
+            f"the adapter {model} was trained on another base: the weights of {base.name_or_path!r} have another "
             f"digest than {path} holds. An adapter means nothing on other weights; bring the old base back."
         )
 
